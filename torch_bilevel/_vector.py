@@ -1,0 +1,65 @@
+"""One flat vector for a list of tensors.
+
+Solvers and estimators see the inner and the outer variables as one 1-D tensor each. A `Layout`
+owns the correspondence: names, shapes, dtypes and devices of the parts, dtype and device of
+the vector. Vectors are at least float32, so bfloat16 parameters get float32 solver arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """How a list of tensors lies in one flat vector.
+
+    Args:
+        tensors: the parts, in order; only their metadata is kept.
+        names: one name per part, used in messages.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], names: Sequence[str]):
+        self.names = tuple(names)
+        self.shapes = tuple(tensor.shape for tensor in tensors)
+        self.dtypes = tuple(tensor.dtype for tensor in tensors)
+        self.devices = tuple(tensor.device for tensor in tensors)
+        self.sizes = [tensor.numel() for tensor in tensors]
+        self.numel = sum(self.sizes)
+        self.dtype = reduce(torch.promote_types, self.dtypes, torch.float32)
+        self.device = self.devices[0] if tensors else torch.device("cpu")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and (
+            (self.names, self.shapes, self.dtypes, self.devices)
+            == (other.names, other.shapes, other.dtypes, other.devices)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def flatten(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """The parts as one vector of shape ``(numel,)``; a missing part is zero."""
+        flat = [
+            torch.zeros(size, dtype=self.dtype, device=self.device)
+            if part is None
+            else part.reshape(-1).to(self.device, self.dtype)
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return torch.cat(flat) if flat else self.zeros()
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The vector as parts of the recorded shapes, dtypes and devices."""
+        pieces = torch.split(vector, self.sizes)
+        return [
+            piece.view(shape).to(device, dtype)
+            for piece, shape, dtype, device in zip(
+                pieces, self.shapes, self.dtypes, self.devices, strict=True
+            )
+        ]
+
+    def zeros(self) -> Tensor:
+        """A zero vector of this layout."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)

@@ -1,0 +1,99 @@
+"""Iterative differentiation (ITD): the gradient of the steps that were really taken.
+
+    ∇Φ_K = d/dx f(x, y_K(x)),    y_{k+1} = Φ_k(y_k, s_k, x),    y_0 constant
+
+by going back over the recorded steps (see `torch_bilevel.inner.replay`). With ``window=K`` only
+the last K steps are differentiated (truncated back-propagation, Shaban et al. 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import _checks
+from .._registry import changed, describe
+from ..errors import NoInnerStep
+from ..inner import Window, reverse
+from ..problem import OuterGradients
+from .base import Estimate, Estimator, Situation, rules_of
+
+
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """Reverse mode through the recorded inner steps.
+
+    Needs: an update rule for the inner optimizer. Costs: one more gradient and one product for
+    each step; memory is one iterate a step (parameters and optimizer state) and one step's graph.
+
+    Args:
+        window: differentiate the last ``window`` steps; None all since the last outer step.
+        checkpoint_every: keep every c-th iterate and step again in between: K/c + c iterates
+            for one more gradient a step.
+        offload: where iterates are kept, such as ``"cpu"``; None keeps them in place.
+
+    Example:
+        >>> import torch_bilevel as tb
+        >>> str(tb.Unrolled(window=50, checkpoint_every=7))
+        'unrolled(window=50, checkpoint_every=7)'
+    """
+
+    window: int | None = None
+    checkpoint_every: int | None = None
+    offload: str | None = None
+
+    name: ClassVar[str] = "unrolled"
+
+    def __post_init__(self) -> None:
+        _checks.positive_int("Unrolled", "window", self.window, optional=True)
+        _checks.positive_int(
+            "Unrolled", "checkpoint_every", self.checkpoint_every, optional=True
+        )
+        if self.offload is not None:
+            torch.device(self.offload)  # raises on a name that is not a device
+
+    def __str__(self) -> str:
+        return describe(self.name, changed(self))
+
+    def new_window(self, max_bytes: int | None) -> Window:
+        """A window of iterates."""
+        return Window(
+            last=self.window,
+            iterates=True,
+            checkpoint_every=self.checkpoint_every,
+            offload=self.offload,
+            max_bytes=max_bytes,
+        )
+
+    def check(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Refuse optimizers without an update rule."""
+        rules_of(optimizers)
+
+    def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
+        """∇Φ = ∂_x f + Σ_k J_k Ḡ_k; see `Estimator.estimate`."""
+        steps = situation.window.steps()
+        records = list(situation.window)
+        earlier = records[: len(records) - len(steps)]
+        if not [*earlier, *steps][0].has_iterate:
+            raise NoInnerStep(
+                "The steps since the last outer step were recorded for an estimator that keeps "
+                "no iterates, so they cannot be unrolled. Set optimizer.estimator = 'unrolled' "
+                "before the steps it is to differentiate."
+            )
+        back = reverse(
+            situation.problem,
+            steps,
+            earlier,
+            rules_of(situation.optimizers),
+            situation.transform,
+            outer.inner,
+        )
+        back.check(situation.problem)
+        return Estimate(
+            gradient=outer.outer + back.outer,
+            reached=[a or b for a, b in zip(outer.reached, back.reached, strict=True)],
+            steps=len(steps),
+        )

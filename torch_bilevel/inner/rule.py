@@ -1,0 +1,114 @@
+"""What an update rule is, and how the rule of an optimizer is found.
+
+    (y_{k+1}, s_{k+1}) = Φ(y_k, ∇_y g, s_k; hyperparameters)
+
+Φ is written as a pure, differentiable function of one parameter; its value is pinned by tests to
+the ``torch.optim`` class it mirrors and its derivative to finite differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import NoUpdateRule
+
+State = dict[str, Any]
+Hyper = Mapping[str, Any]
+
+
+class Stationarity(NamedTuple):
+    """The equation an optimizer's fixed point solves: sign·∇_y g + decay ∘ y = 0.
+
+    Attributes:
+        sign: −1 where the optimizer maximises.
+        decay: weight decay as it enters there, a number or a tensor of the parameter's shape.
+        frozen: ``decay`` was computed from optimizer state and is held fixed, which is an
+            approximation.
+    """
+
+    sign: float = 1.0
+    decay: float | Tensor = 0.0
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The update of one optimizer class.
+
+    Attributes:
+        optimizer: the class it mirrors.
+        step: ``(parameter, gradient, state, hyper) -> (parameter, state)``, pure.
+        stationarity: ``(parameter, gradient, state, hyper) -> Stationarity``.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    step: Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State]]
+    stationarity: Callable[[Tensor, Tensor | None, State, Hyper], Stationarity]
+
+
+def l2_stationarity(
+    parameter: Tensor, gradient: Tensor | None, state: State, hyper: Hyper
+) -> Stationarity:
+    """Weight decay added to the gradient: ±∇_y g + wd·y = 0."""
+    sign = -1.0 if hyper.get("maximize") else 1.0
+    return Stationarity(sign, hyper.get("weight_decay") or 0.0)
+
+
+def find_rule(
+    optimizer: torch.optim.Optimizer, rules: Mapping[type, UpdateRule]
+) -> UpdateRule | None:
+    """The rule of an optimizer: of its class, or of a parent whose ``step`` it inherits."""
+    for cls in type(optimizer).__mro__:
+        if cls in rules:
+            return rules[cls]
+        if "step" in vars(cls):
+            return None
+    return None
+
+
+def missing_rule(
+    optimizer: torch.optim.Optimizer, rules: Mapping[type, UpdateRule]
+) -> str:
+    """The message for an optimizer without a rule."""
+    name = type(optimizer).__name__
+    known = ", ".join(cls.__name__ for cls in rules)
+    return (
+        f"The update rule of {name} is not known, so its steps cannot be differentiated "
+        f"(known: {known}). Use an implicit estimator such as 'cg', which needs no rule, or "
+        f"one of the known optimizers. docs/extending.md shows how to write a rule: a pure "
+        f"function step(parameter, gradient, state, hyper) -> (parameter, state), an "
+        f"UpdateRule({name}, step, l2_stationarity), and one import line."
+    )
+
+
+def stationarity(
+    optimizer: torch.optim.Optimizer, rules: Mapping[type, UpdateRule]
+) -> list[Stationarity]:
+    """The stationarity of every parameter of an optimizer, at its present state.
+
+    Raises:
+        NoUpdateRule: the optimizer has weight decay and no rule that says how it enters.
+    """
+    rule = find_rule(optimizer, rules)
+    found = []
+    for group in optimizer.param_groups:
+        if rule is None and group.get("weight_decay"):
+            raise NoUpdateRule(
+                f"{type(optimizer).__name__} has weight_decay={group['weight_decay']} and no "
+                "update rule that says how it enters the inner problem; the implicit system "
+                "would be that of another problem. Put the penalty into the registered loss "
+                "and set weight_decay=0, or write a rule (docs/extending.md)."
+            )
+        for parameter in group["params"]:
+            if rule is None:
+                sign = -1.0 if group.get("maximize") else 1.0
+                found.append(Stationarity(sign))
+            else:
+                state = optimizer.state.get(parameter, {})
+                found.append(rule.stationarity(parameter.detach(), None, state, group))
+    return found

@@ -1,0 +1,51 @@
+"""The update of ``torch.optim.SGD``, with momentum, dampening, Nesterov, weight decay, maximize.
+
+g ← ±g + wd·y;   b ← m·b + (1 − d)·g  (b = g at the first step);   g ← g + m·b or b
+y ← y − lr·g
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import Hyper, State, UpdateRule, l2_stationarity
+
+
+def sgd(
+    parameter: Tensor, gradient: Tensor, state: State, hyper: Hyper
+) -> tuple[Tensor, State]:
+    """One SGD step; see the module's formula.
+
+    Args:
+        parameter: y_k.
+        gradient: the gradient the step consumes.
+        state: ``momentum_buffer`` or nothing.
+        hyper: the options of ``torch.optim.SGD``.
+
+    Returns:
+        y_{k+1} and the next state.
+    """
+    momentum = hyper["momentum"]
+    g = -gradient if hyper["maximize"] else gradient
+    if hyper["weight_decay"] != 0:
+        g = torch.add(g, parameter, alpha=hyper["weight_decay"])
+    if momentum != 0:
+        buffer = state.get("momentum_buffer")
+        # torch detaches its first buffer even when asked to be differentiable; this one is g.
+        buffer = (
+            g
+            if buffer is None
+            else torch.add(buffer * momentum, g, alpha=1 - hyper["dampening"])
+        )
+        state = {**state, "momentum_buffer": buffer}
+        g = torch.add(g, buffer, alpha=momentum) if hyper["nesterov"] else buffer
+    return torch.add(parameter, g, alpha=-number(hyper["lr"])), state
+
+
+def number(value: float | Tensor) -> float:
+    """A hyperparameter that torch allows to be a 0-d tensor, as a number."""
+    return float(value)
+
+
+SGD = UpdateRule(torch.optim.SGD, sgd, l2_stationarity)

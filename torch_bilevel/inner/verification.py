@@ -1,0 +1,168 @@
+"""Does evaluating a recorded step again give the gradient the step consumed?
+
+If not, something entered the step that the registered losses do not explain, and a
+hypergradient computed from them would be that of another program.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ReplayMismatch, UnregisteredTerm
+from ..problem import BilevelProblem, WeightedCall
+from .trajectory import StepRecord
+from .transforms import GradientTransform
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def tolerance(problem: BilevelProblem, calls: Sequence[WeightedCall]) -> float:
+    """Relative tolerance by the coarsest dtype computed with: 1e-10, 1e-5 or 5e-2."""
+    dtypes = {tensor.dtype for tensor in problem.inner.tensors}
+    for call, _ in calls:
+        dtypes |= {dtype for _, enabled, dtype in call.autocast if enabled}
+    return max(TOLERANCES.get(dtype, 5e-2) for dtype in dtypes)
+
+
+def consumed(
+    gradients: Sequence[Tensor | None],
+    present: Sequence[bool],
+    like: Sequence[Tensor],
+    transform: GradientTransform | None,
+) -> list[Tensor | None]:
+    """The gradients a step consumes: those present, after the loop's transform."""
+    kept = [
+        (torch.zeros_like(p) if g is None else g) if there else None
+        for g, there, p in zip(gradients, present, like, strict=True)
+    ]
+    if transform is None:
+        return kept
+    changed = iter(transform([g for g in kept if g is not None]))
+    return [None if g is None else next(changed) for g in kept]
+
+
+def verify(
+    problem: BilevelProblem, record: StepRecord, transform: GradientTransform | None
+) -> None:
+    """Recompute the gradient of a recorded step and compare it with the one it consumed.
+
+    Args:
+        problem: the problem.
+        record: a step with iterate and gradient.
+        transform: the declared gradient transform.
+
+    Raises:
+        ReplayMismatch: they are parallel but of different length (clipping, a scaler).
+        UnregisteredTerm: they differ in direction (a term outside the registered losses).
+    """
+    layout = problem.inner.layout
+    actual = layout.flatten(record.gradients())
+    with problem.inner.swapped():
+        problem.inner.overwrite(record.values())
+        again = problem.inner_gradients(record.calls)
+        # Sums of large calls that cancel cannot be compared below the rounding of each.
+        parts = (
+            [again]
+            if len(record.calls) == 1
+            else [problem.inner_gradients([call]) for call in record.calls]
+        )
+        magnitude = torch.stack(
+            [torch.linalg.vector_norm(layout.flatten(part)) for part in parts]
+        ).sum()
+    present = [g is not None for g in record.gradients()]
+    expected = layout.flatten(
+        consumed(again, present, problem.inner.tensors, transform)
+    )
+    error = torch.linalg.vector_norm(expected - actual)
+    size = torch.maximum(
+        torch.linalg.vector_norm(expected), torch.linalg.vector_norm(actual)
+    )
+    bound = torch.maximum(
+        tolerance(problem, record.calls) * size,
+        8 * torch.finfo(layout.dtype).eps * magnitude,
+    )
+    if bool(error <= bound):
+        return
+    raise_mismatch(problem, record, expected, actual, float(error / size), transform)
+
+
+def raise_mismatch(
+    problem: BilevelProblem,
+    record: StepRecord,
+    expected: Tensor,
+    actual: Tensor,
+    relative: float,
+    transform: Any,
+) -> None:
+    """Explain a gradient that does not match.
+
+    Raises:
+        ReplayMismatch: always, or its subclass `UnregisteredTerm`.
+    """
+    dot = torch.dot(expected, actual)
+    norms = torch.linalg.vector_norm(expected), torch.linalg.vector_norm(actual)
+    cosine = (
+        float(dot / (norms[0] * norms[1])) if bool(norms[0] * norms[1] > 0) else 0.0
+    )
+    names = ", ".join(repr(call.name) for call, _ in record.calls)
+    seen = (
+        f"Evaluating inner step {record.index} of this window again does not give the gradient "
+        f"the step consumed: relative difference {relative:.2e} (registered losses {names}: "
+        f"norm {float(norms[0]):.4g}; consumed: norm {float(norms[1]):.4g}; cosine "
+        f"{cosine:.6f})."
+    )
+    if compiled_with_dropout(problem):
+        raise ReplayMismatch(
+            f"{seen} The model is compiled and contains dropout: inductor draws another mask "
+            "than eager PyTorch, so the step cannot be evaluated again. Compile with "
+            'torch.compile(model, options={"fallback_random": True}).'
+        )
+    if cosine > 1 - 1e-6 and norms[0] > 0:
+        hint = (
+            "A GradScaler scales the loss: pass grad_scaler=scaler."
+            if float(norms[1] / norms[0]) > 10
+            else "If the loop clips gradients, say so: "
+            "optimizer.gradient_transform(tb.clip_grad_norm(max_norm)). If it scales the "
+            "gradient after backward (accumulation, a GradScaler), scale the loss instead, or "
+            "pass grad_scaler=."
+        )
+        if transform is not None:
+            hint += (
+                " A gradient_transform is declared; it does not describe what happened."
+            )
+        raise ReplayMismatch(f"{seen} The two are parallel. {hint}")
+    raise UnregisteredTerm(
+        f"{seen} The two are not parallel: something else was back-propagated. Move every term "
+        "of the training loss (penalties, auxiliary losses) into the registered inner loss, or "
+        "register it as another inner loss. Other causes: a gradient edited by hand or by a "
+        "hook, element-wise clipping without gradient_transform(tb.clip_grad_value(...)), a "
+        "random operation with a generator of its own, gradients left over from before "
+        "(no zero_grad()), or data changed behind the library's back."
+    )
+
+
+def compiled_with_dropout(problem: BilevelProblem) -> bool:
+    """Whether a guarded module is compiled and dropout is active."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    members = problem.modules.members.values()
+    compiled = any(
+        type(m).__name__ == "OptimizedModule"
+        or getattr(m, "_compiled_call_impl", None) is not None
+        for m in members
+    )
+    active = any(
+        m.training and (isinstance(m, nn.modules.dropout._DropoutNd) or _rate(m))
+        for m in members
+    )
+    return compiled and active
+
+
+def _rate(module: nn.Module) -> bool:
+    rate = getattr(module, "dropout", 0)  # nn.MultiheadAttention, nn.LSTM
+    return isinstance(rate, float) and rate > 0

@@ -1,0 +1,12 @@
+"""The optimizer a user constructs, the named algorithms, and tools around them.
+
+Adding a named algorithm is a file and an import line here; see ``docs/extending.md``.
+"""
+
+from .aidbio import AIDBiO as AIDBiO
+from .bilevel import BilevelOptimizer as BilevelOptimizer
+from .check import HypergradientCheck as HypergradientCheck
+from .check import check_hypergradient as check_hypergradient
+from .citation import citation as citation
+from .itdbio import ITDBiO as ITDBiO
+from .report import Report as Report

@@ -1,0 +1,629 @@
+"""`BilevelOptimizer`: the shell around the user's two optimizers.
+
+This is the only place, with the recorder, that mutates anything: ``.grad`` of outer variables,
+the window of recorded steps, the memory of estimators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .. import _checks, estimators
+from ..errors import BilevelError, LossNotRegistered
+from ..estimators import Estimator, EstimatorMemory, Situation
+from ..inner import GradientTransform
+from ..problem import BilevelProblem, ModuleSet, Variables, WeightedCall
+from ..second_order import uncompiled
+from . import estimation, state
+from .data import OuterData
+from .explain import explain
+from .losses import InnerLoss, OuterLoss
+from .recorder import Recorder
+from .report import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BilevelOptimizer(torch.optim.Optimizer):
+    """Train ``inner`` as before and ``outer`` by the gradient of a validation loss.
+
+        min_x f(x, y*(x)),    y*(x) = argmin_y g(x, y)
+
+    ``step()`` is the inner step; hooks on ``inner`` see it, whoever calls it. After every
+    ``inner_steps`` inner steps an outer step is taken on data of the registered outer loss;
+    without ``inner_steps`` outer steps are written out, or taken by `outer_step`.
+
+    Args:
+        inner: the optimizer of the inner parameters y, or several that form one inner problem.
+        outer: the optimizer of the outer variables x.
+        modules: modules used in the losses; others are found at the first call.
+        estimator: a name (``"cg"``, ``"unrolled(window=50)"``), an `Estimator`, or a solver.
+        inner_steps: take an outer step after so many inner steps; None never does by itself.
+        grad_scaler: the ``torch.amp.GradScaler`` of the loop, if it uses one.
+        unused: what to do about outer variables that reach no loss: ``"error"`` or ``"zero"``.
+        strict: raise on negative curvature instead of warning once.
+        verify_every: verify the first step of a window again every so many outer steps; the
+            first window is always verified.
+        max_record_bytes: limit on what is recorded between outer steps; None takes half of
+            the free memory at the first record.
+        history: how many reports are kept.
+
+    Raises:
+        UnknownName: the estimator or one of its options does not exist.
+        UnsupportedParameter: a parameter is sparse, complex, expanded, not a leaf, ...
+        NoUpdateRule: the estimator needs an update rule that ``inner`` has not.
+
+    Example:
+        >>> import torch, torch_bilevel as tb
+        >>> y = torch.zeros(1, requires_grad=True)
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> optimizer = tb.BilevelOptimizer(
+        ...     inner=torch.optim.SGD([y], lr=0.5), outer=torch.optim.SGD([x], lr=0.1))
+        >>> @optimizer.inner_loss
+        ... def train_loss():
+        ...     return ((y - x) ** 2).sum()
+        >>> @optimizer.outer_loss
+        ... def valid_loss():
+        ...     return ((y - 3) ** 2).sum()
+        >>> train_loss().backward()
+        >>> _ = optimizer.step()
+        >>> valid_loss().backward()         # y*(x) = x = 1, so dΦ/dx = 2 (x - 3)
+        >>> x.grad
+        tensor([-4.])
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        outer: torch.optim.Optimizer,
+        *,
+        modules: nn.Module | Iterable[nn.Module] = (),
+        estimator: Any = "cg",
+        inner_steps: int | None = None,
+        grad_scaler: Any = None,
+        unused: str = "error",
+        strict: bool = False,
+        verify_every: int | None = None,
+        max_record_bytes: int | None = None,
+        history: int = 1000,
+    ):
+        self.inner = inner
+        self.inners: list[torch.optim.Optimizer] = (
+            list(inner) if isinstance(inner, (list, tuple)) else [inner]  # type: ignore[list-item]
+        )
+        self.outer = outer
+        _check_arguments(self.inners, outer, unused)
+        for name, value in (
+            ("inner_steps", inner_steps),
+            ("verify_every", verify_every),
+            ("max_record_bytes", max_record_bytes),
+        ):
+            _checks.positive_int("BilevelOptimizer", name, value, optional=True)
+        self.inner_steps = inner_steps
+        self.unused = unused
+        self.strict = strict
+        self.verify_every = verify_every
+        self.max_record_bytes = max_record_bytes
+        self.last_report: Report | None = None
+        self.history: deque[Report] = deque(maxlen=history)
+        self.outer_steps = 0
+        self.inner_losses: dict[str, InnerLoss] = {}
+        self.outer_losses: dict[str, OuterLoss] = {}
+        self._modules = ModuleSet(
+            (modules,) if isinstance(modules, nn.Module) else tuple(modules)
+        )
+        self._estimator = estimators.parse(estimator)
+        self._estimator.check(self.inners)
+        self._transform: GradientTransform | None = None
+        self._memories: dict[tuple[str, ...], EstimatorMemory] = {}
+        self._adjoints: dict[tuple[str, ...], Tensor] = {}  # of the coming outer step
+        self._warned: set[type] = set()
+        self._outer_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self._problem: BilevelProblem | None = None
+        self._become_an_optimizer()
+        self._recorder = Recorder(
+            self.inners,
+            lambda: self.problem,
+            self._estimator.new_window(max_record_bytes),
+            grad_scaler,
+            self._after_inner_step,
+        )
+        self._recorder.watch_outer(self.problem.outer.tensors)
+        self.hypergradient = uncompiled(self.hypergradient)  # type: ignore[method-assign]
+        hook = uncompiled(self._after_outer_step)
+        self._recorder._handles.append(outer.register_step_post_hook(hook))
+
+    # --- losses -----------------------------------------------------------------------
+
+    def inner_loss(self, function: F) -> F:
+        """Register an inner loss g; a decorator.
+
+        The decorated function returns what ``function`` returns: a scalar tensor, a tuple whose
+        first item is one, or an object with ``.loss``. What is back-propagated of it, with its
+        weight, is the inner objective; several may be registered.
+
+        Args:
+            function: computes the training loss; every use of an outer variable lies inside it.
+
+        Returns:
+            The function to call in the loop.
+        """
+        return self._register(self.inner_losses, InnerLoss(self, function))  # type: ignore[return-value]
+
+    @overload
+    def outer_loss(
+        self,
+        function: F,
+        *,
+        data: Any = ...,
+        batches: int | str = ...,
+        weight: float = ...,
+    ) -> F: ...
+    @overload
+    def outer_loss(
+        self,
+        function: None = ...,
+        *,
+        data: Any = ...,
+        batches: int | str = ...,
+        weight: float = ...,
+    ) -> Callable[[F], F]: ...
+    def outer_loss(
+        self,
+        function: Any = None,
+        *,
+        data: Any = None,
+        batches: int | str = 1,
+        weight: float = 1.0,
+    ) -> Any:
+        """Register an outer loss f; a decorator, with or without arguments.
+
+        ``backward()`` of what the decorated function returns *is* the hypergradient, times the
+        incoming weight; the inner ``.grad`` stays as it is. Under ``torch.no_grad()`` it is an
+        ordinary evaluation.
+
+        Args:
+            function: computes the validation loss.
+            data: where automatic outer steps draw from: an iterable (restarted when it ends), an
+                iterator, or a callable. A tuple or list is unpacked into arguments.
+            batches: average over so many batches a step, or ``"all"``; one solve all the same.
+            weight: its weight in the sum, when several outer losses are registered.
+
+        Returns:
+            The function to call.
+        """
+        if function is None:
+            return lambda f: self.outer_loss(
+                f, data=data, batches=batches, weight=weight
+            )
+        if batches != "all":
+            _checks.positive_int("outer_loss", "batches", batches)
+        name = getattr(function, "__name__", type(function).__name__)
+        source = None if data is None else OuterData(data, batches, name)
+        return self._register(
+            self.outer_losses, OuterLoss(self, function, source, weight)
+        )
+
+    def _register(self, losses: dict[str, Any], loss: Any) -> Any:
+        number, name = 2, loss.name
+        while loss.name in losses:
+            loss.name, number = f"{name}_{number}", number + 1
+        losses[loss.name] = loss
+        return loss
+
+    def gradient_transform(self, transform: GradientTransform) -> GradientTransform:
+        """Describe what the loop does to the gradients between backward and step.
+
+        It never acts. Unrolled estimators differentiate through it; every estimator needs it to
+        recognise the step as its own.
+
+        Args:
+            transform: a function of the list of gradients of the inner parameters that have
+                one, such as ``tb.clip_grad_norm(1.0)``.
+
+        Returns:
+            The transform, so that this can be a decorator.
+        """
+        self._transform = transform
+        return transform
+
+    # --- steps ------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take the inner step: ``inner.step(closure)``, of every inner optimizer.
+
+        Args:
+            closure: as in ``torch.optim``; evaluated by the first inner optimizer.
+
+        Returns:
+            What the first inner optimizer returned.
+        """
+        results = [
+            optimizer.step(closure) if closure and not index else optimizer.step()
+            for index, optimizer in enumerate(self.inners)
+        ]
+        return results[0]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the inner parameters; outer ones are ``outer``'s business."""
+        self._recorder.pending = []
+        for optimizer in self.inners:
+            optimizer.zero_grad(set_to_none)
+
+    def outer_step(self, *args: Any, **kwargs: Any) -> Report:
+        """Take an outer step: hypergradient, then ``outer.step()``.
+
+        Args:
+            *args: a batch for the only outer loss; without any, batches are drawn from the
+                outer losses' data.
+            **kwargs: keyword arguments of the outer loss.
+
+        Returns:
+            The report, which prints as one line.
+        """
+        self.hypergradient(*args, **kwargs)
+        self.outer.step()
+        assert self.last_report is not None
+        return self.last_report
+
+    def hypergradient(
+        self,
+        *args: Any,
+        loss: Any = None,
+        estimator: Any = None,
+        write: bool = True,
+        accumulate: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ...]:
+        """The hypergradient at the present parameters, without stepping.
+
+        Args:
+            *args: a batch for the outer loss; without any, batches are drawn from the data.
+            loss: which outer loss to use, if several are registered.
+            estimator: another estimator, for a second opinion at the same point.
+            write: put it into ``.grad`` of the outer variables, overwriting.
+            accumulate: add to ``.grad`` instead.
+            **kwargs: keyword arguments of the outer loss.
+
+        Returns:
+            One tensor per outer variable.
+        """
+        chosen = None if estimator is None else estimators.parse(estimator)
+        calls, names = self._outer_calls(args, kwargs, loss)
+        parts = self._estimate(calls, names, None, chosen)
+        if write:
+            for tensor, part in zip(self.problem.outer.tensors, parts, strict=True):
+                if accumulate and tensor.grad is not None:
+                    tensor.grad = tensor.grad + part
+                else:
+                    tensor.grad = part.clone()
+        return tuple(parts)
+
+    def _outer_calls(
+        self, args: tuple, kwargs: dict[str, Any], loss: Any
+    ) -> tuple[list[WeightedCall], tuple[str, ...]]:
+        losses = list(self.outer_losses.values()) if loss is None else [loss]
+        if not losses:
+            raise LossNotRegistered(
+                "No outer loss is registered. Decorate the validation loss with "
+                "@optimizer.outer_loss (or @optimizer.outer_loss(data=valid_loader))."
+            )
+        if not self.inner_losses:
+            raise LossNotRegistered(
+                "No inner loss is registered. Decorate the training loss with "
+                "@optimizer.inner_loss."
+            )
+        if args or kwargs:
+            if len(losses) > 1:
+                raise LossNotRegistered(
+                    f"Arguments were given, but {len(losses)} outer losses are registered "
+                    f"({', '.join(item.name for item in losses)}). Say which with loss=."
+                )
+            return [(losses[0].record(args, kwargs), 1.0)], (losses[0].name,)
+        calls: list[WeightedCall] = []
+        autocast = self._last_autocast()
+        for item in losses:
+            if item.data is None:
+                batches = [()] if _takes_nothing(item.function) else None
+                if batches is None:
+                    raise LossNotRegistered(
+                        f"The outer loss {item.name!r} has no data to draw from. Register it "
+                        "with @optimizer.outer_loss(data=valid_loader), or pass the batch: "
+                        "optimizer.outer_step(x, y)."
+                    )
+            else:
+                batches = item.data.draw(self.problem.inner.layout.device)
+            for batch in batches:
+                call = item.record(batch, {})
+                call.autocast = autocast or call.autocast
+                calls.append((call, item.weight / len(batches)))
+        return calls, tuple(item.name for item in losses)
+
+    def _last_autocast(self) -> list:
+        """Automatic outer losses run under the autocast of the last inner call."""
+        records = [record for record in self._recorder.window if record.calls]
+        return records[-1].calls[-1][0].autocast if records else []
+
+    def _estimate(
+        self,
+        calls: Sequence[WeightedCall],
+        names: tuple[str, ...],
+        values: Sequence[Tensor] | None = None,
+        estimator: Estimator | None = None,
+    ) -> list[Tensor]:
+        """One hypergradient; keeps its report and, for the warm start, its adjoint."""
+        self._recorder.thaw()
+        if not self.inner_losses:
+            raise LossNotRegistered(
+                "No inner loss is registered. Decorate the training loss with "
+                "@optimizer.inner_loss."
+            )
+        own = estimator is None
+        memory = (
+            self._memories.setdefault(names, EstimatorMemory())
+            if own
+            else EstimatorMemory()
+        )
+        situation = Situation(
+            self.problem, self._recorder.window, self.inners, self._transform, memory
+        )
+        chosen = estimator or self._estimator
+        chosen.check(self.inners)
+        parts, report, estimate = estimation.only_once(
+            self._warned,
+            lambda: estimation.run(
+                situation,
+                chosen,
+                calls,
+                values,
+                to_verify=self._recorder.to_verify,
+                unused=self.unused,
+                strict=self.strict,
+            ),
+        )
+        self._recorder.to_verify = None
+        self.last_report = report
+        if own and estimate.adjoint is not None:
+            self._adjoints[names] = estimate.adjoint
+        return parts
+
+    def _after_inner_step(self) -> None:
+        if self.inner_steps and self._recorder.window.count >= self.inner_steps:
+            self.outer_step()
+
+    def _after_outer_step(self, *_: Any) -> None:
+        """Close the window: adjoints become warm starts, records are dropped."""
+        for names, adjoint in self._adjoints.items():
+            self._memories.setdefault(names, EstimatorMemory()).adjoint = adjoint
+        self._adjoints.clear()
+        self._recorder.window.clear()
+        self.outer_steps += 1
+        if self.verify_every and self.outer_steps % self.verify_every == 0:
+            self._recorder.verify_next = True
+        if self.last_report is not None and not self.last_report.outer_step:
+            self.last_report.outer_step = self.outer_steps
+            self.history.append(self.last_report)
+            for hook in list(self._outer_hooks.values()):
+                hook(self, self.last_report)
+
+    # --- control ----------------------------------------------------------------------
+
+    @property
+    def estimator(self) -> Estimator:
+        """The estimator; assign a name or an object to change it at run time."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Any) -> None:
+        chosen = estimators.parse(value)
+        chosen.check(self.inners)
+        self._estimator = chosen
+        self._memories.clear()
+        self._adjoints.clear()
+        window = chosen.new_window(self.max_record_bytes)
+        window.adopt(self._recorder.window)
+        self._recorder.window = window
+
+    def restart(self) -> None:
+        """Start a new inner trajectory at the present parameters.
+
+        Drops recorded steps, inner optimizer state and adjoints; parameters stay.
+        """
+        self._recorder.restart()
+        self._memories.clear()
+        self._adjoints.clear()
+        for optimizer in self.inners:
+            optimizer.state.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Train inside without recording or counting: warm-up, another objective."""
+        with self._recorder.pausing():
+            yield
+
+    def remove(self) -> None:
+        """Take every hook off; both optimizers are as if never wrapped."""
+        self._recorder.remove()
+
+    def register_outer_step_post_hook(
+        self, hook: Callable[[BilevelOptimizer, Report], Any]
+    ) -> RemovableHandle:
+        """Call ``hook(optimizer, report)`` after every outer step.
+
+        Args:
+            hook: the function.
+
+        Returns:
+            A handle whose ``remove()`` takes it off.
+        """
+        handle = RemovableHandle(self._outer_hooks)
+        self._outer_hooks[handle.id] = hook
+        return handle
+
+    def explain(self) -> str:
+        """Who moves what, which batches are used, which engine computes products."""
+        return explain(self)
+
+    @property
+    def problem(self) -> BilevelProblem:
+        """Both levels at the live parameters; follows added parameter groups."""
+        inner = [p for o in self.inners for g in o.param_groups for p in g["params"]]
+        outer = [p for g in self.outer.param_groups for p in g["params"]]
+        known = self._problem
+        if known is not None and (len(inner), len(outer)) == (
+            len(known.inner.tensors),
+            len(known.outer.tensors),
+        ):
+            return known
+        self._problem = BilevelProblem(
+            Variables("inner", inner, self._names("inner", inner)),
+            Variables("outer", outer, self._names("outer", outer)),
+            self._modules,
+        )
+        if known is not None:
+            self._recorder.restart()
+            self._memories.clear()
+        return self._problem
+
+    def _names(self, role: str, parameters: Sequence[Tensor]) -> list[str]:
+        """Names of parameters in the named modules, else their number."""
+        found: dict[int, str] = {}
+        for module in self._modules.members.values():
+            for name, parameter in module.named_parameters():
+                if len(found.get(id(parameter), "")) < len(name):
+                    found[id(parameter)] = name
+        return [found.get(id(p), f"{role}[{i}]") for i, p in enumerate(parameters)]
+
+    # --- being a torch.optim.Optimizer ------------------------------------------------
+
+    def _become_an_optimizer(self) -> None:
+        """What ``Optimizer.__init__`` sets up, without parameter groups of our own."""
+        for kind in ("step_pre", "step_post"):
+            setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
+        for kind in ("state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{kind}_{when}_hooks", OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of ``inner`` themselves, so that schedulers act on them."""
+        return [group for optimizer in self.inners for group in optimizer.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._only_inner("param_groups").param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of ``inner`` itself (a merged copy when there are several)."""
+        if len(self.inners) == 1:
+            return self.inners[0].state
+        return {p: s for optimizer in self.inners for p, s in optimizer.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._only_inner("state").state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of ``inner`` (of the first, when there are several)."""
+        return self.inners[0].defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to ``inner``; recorded steps are dropped.
+
+        Args:
+            param_group: as in ``torch.optim``.
+        """
+        self._only_inner("add_param_group()").add_param_group(param_group)
+
+    def _only_inner(self, what: str) -> torch.optim.Optimizer:
+        if len(self.inners) > 1:
+            raise BilevelError(
+                f"{what} is ambiguous with {len(self.inners)} inner optimizers; use the one "
+                "you mean: optimizer.inner[i]."
+            )
+        return self.inners[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-exact resume needs, loadable with ``weights_only=True``.
+
+        Both optimizers' states, counters, adjoints, the position in the outer data, and the steps
+        recorded since the last outer step. Values of parameters are the modules' business.
+
+        Returns:
+            A dictionary of plain types and tensors.
+        """
+        return state.save(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`; register the same losses first.
+
+        Args:
+            state_dict: what `state_dict` returned.
+        """
+        state.load(self, state_dict)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A BilevelOptimizer holds hooks and closures and cannot be pickled. Save "
+            "optimizer.state_dict() and load it into one constructed anew."
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(
+            "A BilevelOptimizer holds hooks on its optimizers and cannot be copied. Construct "
+            "another and load optimizer.state_dict() into it."
+        )
+
+    def __repr__(self) -> str:
+        inner = ", ".join(type(optimizer).__name__ for optimizer in self.inners)
+        return (
+            f"{type(self).__name__}(inner={inner}, outer={type(self.outer).__name__}, "
+            f"estimator={str(self._estimator)!r}, inner_steps={self.inner_steps})"
+        )
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        inspect.signature(function).bind()
+        return True
+    return False
+
+
+def _check_arguments(inners: Sequence[Any], outer: Any, unused: str) -> None:
+    for role, optimizer in [*(("inner", o) for o in inners), ("outer", outer)]:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{role}= must be a torch.optim optimizer, got {type(optimizer).__name__}. "
+                f"For example {role}=torch.optim.SGD(parameters, lr=0.1)."
+            )
+        if isinstance(optimizer, BilevelOptimizer):
+            raise TypeError(
+                f"{role}= is itself a BilevelOptimizer; pass a plain optimizer."
+            )
+    if not inners:
+        raise TypeError("inner= is an empty list; pass at least one optimizer.")
+    if unused not in ("error", "zero"):
+        raise ValueError(f"unused={unused!r}: write 'error' or 'zero'.")
+    seen = {id(p) for o in inners for g in o.param_groups for p in g["params"]}
+    both = [p for g in outer.param_groups for p in g["params"] if id(p) in seen]
+    if both:
+        raise BilevelError(
+            f"{len(both)} parameter(s) (first: shape {tuple(both[0].shape)}) are in both the "
+            "inner and the outer optimizer. A parameter is either trained by the inner loss or "
+            "learned by the outer one. Learning an initialisation needs tasks, which this "
+            "version does not have."
+        )
+    if any(outer is o for o in inners):
+        raise BilevelError("inner and outer are the same optimizer.")

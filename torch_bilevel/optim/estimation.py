@@ -1,0 +1,247 @@
+"""One hypergradient: verify, differentiate the outer loss, estimate, check, report."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import (
+    Diverged,
+    NegativeCurvature,
+    NegativeCurvatureWarning,
+    NoInnerStep,
+    NonFinite,
+    UnregisteredTerm,
+    UnusedOuter,
+    ZeroHypergradientWarning,
+)
+from ..estimators import Estimate, Estimator, Situation
+from ..inner import StepRecord, verify
+from ..problem import (
+    BilevelProblem,
+    OuterGradients,
+    WeightedCall,
+    raise_if_no_second_derivative,
+)
+from ..solvers import Solution
+from .report import Report
+
+
+def run(
+    situation: Situation,
+    estimator: Estimator,
+    calls: Sequence[WeightedCall],
+    values: Sequence[Tensor] | None,
+    *,
+    to_verify: StepRecord | None,
+    unused: str,
+    strict: bool,
+) -> tuple[list[Tensor], Report, Estimate]:
+    """The hypergradient of Σ w f, with one host synchronisation at the end.
+
+    Args:
+        situation: what the estimator may look at.
+        estimator: the estimator.
+        calls: calls of outer losses with weights.
+        values: their losses, if already evaluated.
+        to_verify: a step to verify first, or None.
+        unused: ``"error"`` or ``"zero"``.
+        strict: negative curvature raises.
+
+    Returns:
+        One gradient per outer variable, the report and the estimate.
+    """
+    problem = situation.problem
+    began, products = time.perf_counter(), problem.num_products
+    check_window(situation)
+    if to_verify is not None:
+        verify(problem, to_verify, situation.transform)
+    try:
+        outer = problem.outer_gradients(calls, values)
+        estimate = estimator.estimate(situation, outer)
+    except RuntimeError as error:
+        raise_if_no_second_derivative(error)
+        raise
+    if unused == "error":
+        check_reached(problem, estimate.reached)
+    gradients = problem.outer.layout.split(estimate.gradient)
+    status, fractions = check_numbers(
+        problem, outer, estimate, gradients, estimator, strict
+    )
+    found = estimate.solution
+    report = Report(
+        loss=outer.value,
+        norm=torch.linalg.vector_norm(estimate.gradient),
+        estimator=str(estimator),
+        steps=estimate.steps,
+        hessian_steps=estimate.hessian_steps,
+        products=problem.num_products - products,
+        seconds=time.perf_counter() - began,
+        zeros=fractions,
+        residual=found.residual if found else None,
+        solver_steps=found.num_steps if found else None,
+        status=status,
+        notes=list(estimate.notes),
+    )
+    return gradients, report, estimate
+
+
+def check_window(situation: Situation) -> None:
+    """Refuse when there is nothing to differentiate.
+
+    Raises:
+        NoInnerStep: no step was recorded.
+        UnregisteredTerm: a step consumed a gradient that no registered loss produced.
+    """
+    steps = situation.window.steps()
+    if not steps:
+        raise NoInnerStep(
+            "No inner step has been recorded since the last outer step, so there is nothing to "
+            "differentiate. Call the function registered with @optimizer.inner_loss, "
+            "back-propagate what it returns and step the inner optimizer first (steps inside "
+            "optimizer.paused() do not count)."
+        )
+    for step in steps:
+        if not step.calls:
+            raise UnregisteredTerm(
+                f"Inner step {step.index} since the last outer step consumed a gradient, but "
+                "no call of a registered inner loss was back-propagated for it. Compute the "
+                "training loss through the function registered with @optimizer.inner_loss, or "
+                "wrap steps that are not part of the inner problem in `with optimizer.paused():`."
+            )
+
+
+def check_reached(problem: BilevelProblem, reached: Sequence[bool]) -> None:
+    """Refuse outer variables that nothing depends on.
+
+    Raises:
+        UnusedOuter: with their names.
+    """
+    names = problem.outer.layout.names
+    lost = [name for name, there in zip(names, reached, strict=True) if not there]
+    if lost:
+        raise UnusedOuter(
+            f"The outer variables {', '.join(lost)} reach neither the recorded inner losses "
+            "nor the outer loss, so their hypergradient is zero. Use them inside a registered "
+            "loss (a value computed from them beforehand, or .item(), .data or .detach(), "
+            "cuts them off), or pass unused='zero' if that is meant."
+        )
+
+
+def check_numbers(
+    problem: BilevelProblem,
+    outer: OuterGradients,
+    estimate: Estimate,
+    gradients: Sequence[Tensor],
+    estimator: Estimator,
+    strict: bool,
+) -> tuple[str, dict[str, Tensor]]:
+    """Read every flag at once and raise or warn.
+
+    Returns:
+        How the linear solve ended, and per outer tensor the fraction of exact zeros.
+
+    Raises:
+        NonFinite: the outer loss or the hypergradient is not finite.
+        Diverged: the linear solver diverged.
+        NegativeCurvature: it met negative curvature and ``strict`` is set.
+    """
+    found = estimate.solution
+    no = torch.zeros((), dtype=torch.bool, device=outer.value.device)
+    zeros = [
+        (g == 0).double().mean() if g.numel() else g.double().sum() for g in gradients
+    ]
+    flags = [
+        torch.isfinite(outer.value),
+        torch.isfinite(estimate.gradient).all(),
+        found.diverged if found else no,
+        found.negative_curvature if found else no,
+        found.converged if found else no,
+        *zeros,
+    ]
+    finite, good, diverged, negative, converged, *fractions = torch.stack(
+        [flag.to(outer.value.device, torch.float64) for flag in flags]
+    ).tolist()
+    if not finite:
+        raise NonFinite(
+            f"The outer loss is {float(outer.value)}. The inner parameters have probably "
+            "diverged; look at the training loss, and lower the inner learning rate."
+        )
+    if found and diverged:
+        raise Diverged(_diverged(estimator, found))
+    if not good:
+        raise NonFinite(
+            "The hypergradient is not finite although the outer loss is. A Hessian-vector "
+            "product produced inf or NaN (0/0 or √0 in a second derivative, or an overflow in "
+            "16-bit). torch.autograd.detect_anomaly() around optimizer.outer_step(...) names "
+            "the operation."
+        )
+    if found and negative:
+        text = _negative(estimator, found)
+        if strict:
+            raise NegativeCurvature(text)
+        warnings.warn(text, NegativeCurvatureWarning, stacklevel=3)
+    names = problem.outer.layout.names
+    zero = dict(zip(names, zeros, strict=True))
+    mostly = [
+        f"{name} ({fraction:.0%})"
+        for name, fraction, g in zip(names, fractions, gradients, strict=True)
+        if fraction > 0.5 and g.numel() > 1
+    ]
+    if mostly:
+        warnings.warn(
+            f"More than half of the entries of {', '.join(mostly)} received exactly zero from "
+            f"{estimate.steps} inner steps. If each entry belongs to a training example, take "
+            "the outer step after more inner steps, so that the window covers the data.",
+            ZeroHypergradientWarning,
+            stacklevel=3,
+        )
+    if not found:
+        return "", zero
+    status = (
+        "negative curvature" if negative else "converged" if converged else "max steps"
+    )
+    return status, zero
+
+
+def _diverged(estimator: Estimator, found: Solution) -> str:
+    safe = "" if found.safe_step is None else f"step_size={float(found.safe_step):.3g}"
+    return (
+        f"The linear solver of {estimator} diverged: the residual grew beyond the right-hand "
+        f"side. λ_max of the inner Hessian is about {_inverse(found.safe_step)}; "
+        f"{safe or 'a smaller step_size'} would converge. Leave step_size out to have it "
+        "estimated, or use 'cg', which needs none."
+    )
+
+
+def _inverse(step: Tensor | None) -> str:
+    return "unknown" if step is None else f"{1 / float(step):.3g}"
+
+
+def _negative(estimator: Estimator, found: Solution) -> str:
+    return (
+        f"{estimator} met negative curvature {float(found.curvature):.3g} in the inner Hessian "
+        f"after {int(found.num_steps)} steps and stopped at its last good iterate: the inner "
+        "problem is not at a minimum (deep networks often are not). Train the inner problem "
+        "longer, add weight decay or damping=, use 'minres', which solves indefinite systems, "
+        "or 'unrolled', which needs no stationarity. (Said once; reports keep saying it.)"
+    )
+
+
+def only_once(seen: set[type], call: Any) -> Any:
+    """Run ``call`` and drop warnings of a class that was shown before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    for item in caught:
+        once = item.category in (NegativeCurvatureWarning, ZeroHypergradientWarning)
+        if once and item.category in seen:
+            continue
+        seen.add(item.category)
+        warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+    return result

@@ -1,0 +1,173 @@
+"""The decorated losses a user calls.
+
+`InnerLoss` returns what the user's function returns and lets the recorder remember the call.
+`OuterLoss` returns a loss whose ``backward()`` is the hypergradient: one `autograd.Function` over
+the outer variables, whose forward evaluates the function and whose backward runs the estimator.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StalePoint
+from ..problem import Call, autocast_state, record, scalar
+from ..second_order import uncompiled
+from .data import OuterData
+
+if TYPE_CHECKING:
+    from .bilevel import BilevelOptimizer
+
+
+class InnerLoss:
+    """A registered inner loss; call it like the function it wraps.
+
+    Args:
+        owner: the optimizer it is registered with.
+        function: the user's function.
+    """
+
+    def __init__(self, owner: BilevelOptimizer, function: Callable[..., Any]):
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self._call = uncompiled(owner._recorder.call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the user's function returns; remembered if it is back-propagated."""
+        return self._call(self.function, args, kwargs)
+
+
+class OuterLoss:
+    """A registered outer loss; its value's ``backward()`` is the hypergradient.
+
+    Args:
+        owner: the optimizer it is registered with.
+        function: the user's function.
+        data: where automatic outer steps draw batches from, or None.
+        weight: its weight in the sum of outer losses of an automatic step.
+    """
+
+    def __init__(
+        self,
+        owner: BilevelOptimizer,
+        function: Callable[..., Any],
+        data: OuterData | None,
+        weight: float,
+    ):
+        functools.update_wrapper(self, function)
+        self.owner = owner
+        self.function = function
+        self.data = data
+        self.weight = weight
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self._call = uncompiled(self._evaluate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the user's function returns, its loss replaced by one with ∇Φ as gradient."""
+        if not torch.is_grad_enabled():
+            return self.function(*args, **kwargs)  # an ordinary evaluation
+        return self._call(args, kwargs)
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = Run(self, self.record(args, kwargs))
+        loss = HypergradientFunction.apply(run, *run.owner.problem.outer.tensors)
+        return run.with_loss(loss)
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call as it is made now: present flags, buffers, generators and autocast."""
+        self.owner._recorder.thaw()
+        problem = self.owner.problem
+        problem.modules.discover(self.function, (args, kwargs))
+        call = record(
+            self.function,
+            args,
+            kwargs,
+            modules=problem.modules,
+            live=lambda t: t in problem.inner or t in problem.outer,
+            devices=problem.devices,
+            device_types=problem.device_types,
+        )
+        call.flags = call.randomness = None
+        call.autocast = autocast_state(problem.device_types)
+        return call
+
+
+class Run:
+    """One evaluation of an outer loss, from its forward to its backward.
+
+    Args:
+        loss: the registered loss.
+        call: how it was called.
+    """
+
+    def __init__(self, loss: OuterLoss, call: Call):
+        self.loss = loss
+        self.owner = loss.owner
+        self.call = call
+        self.result: Any = None
+        self.token: tuple = ()
+
+    def evaluate(self) -> Tensor:
+        """The loss with its own graph, kept for the backward."""
+        problem = self.owner.problem
+        with problem.evaluating(self.call):
+            self.result = problem.run(self.call)
+        self.token = self._now()
+        self.value = scalar(self.result, self.call.name)
+        return self.value
+
+    def hypergradient(self) -> list[Tensor]:
+        """∇Φ, one tensor per outer variable.
+
+        Raises:
+            StalePoint: the parameters moved since the loss was evaluated.
+        """
+        if self._now() != self.token:
+            raise StalePoint(
+                f"The inner or outer parameters moved between {self.loss.name}(...) and its "
+                "backward(). Evaluate the outer loss and back-propagate it without a step in "
+                "between."
+            )
+        return self.owner._estimate([(self.call, 1.0)], (self.loss.name,), [self.value])
+
+    def _now(self) -> tuple:
+        problem = self.owner.problem
+        return self.owner._recorder.epoch, problem.inner.token(), problem.outer.token()
+
+    def with_loss(self, loss: Tensor) -> Any:
+        """What the user's function returned, its loss replaced; the rest detached."""
+        result = self.result
+        if isinstance(result, Tensor):
+            return loss
+        if isinstance(result, (tuple, list)):
+            rest = [v.detach() if isinstance(v, Tensor) else v for v in result[1:]]
+            if hasattr(result, "_make"):  # a namedtuple
+                return type(result)._make([loss, *rest])  # type: ignore[attr-defined]
+            return type(result)([loss, *rest])
+        result = copy.copy(result)
+        result.loss = loss
+        return result
+
+
+class HypergradientFunction(torch.autograd.Function):
+    """The outer loss as a function of the outer variables whose gradient is ∇Φ."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *outer: Tensor) -> Tensor:
+        """Evaluate the user's outer loss at the present point."""
+        ctx.run = run
+        return run.evaluate().detach().clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """The incoming weight times the hypergradient."""
+        parts = ctx.run.hypergradient()
+        (weight,) = grads
+        return None, *(part * weight.to(part).reshape(()) for part in parts)

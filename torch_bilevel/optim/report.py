@@ -1,0 +1,93 @@
+"""What happened in an outer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Report:
+    """One hypergradient. Numbers that live on the device stay there until printed.
+
+    Attributes:
+        loss: the outer loss, 0-d tensor.
+        norm: ‖∇Φ‖, 0-d tensor.
+        estimator: the estimator as a string.
+        steps: inner steps differentiated, or averaged over for J v.
+        hessian_steps: inner steps whose Hessian was used; 0 if none.
+        products: Hessian- and cross-products computed.
+        seconds: wall time of the estimate.
+        zeros: per outer tensor, the fraction of entries whose gradient is exactly zero, 0-d.
+        residual: ‖∂_y f − H v‖/‖∂_y f‖ of the linear solve, 0-d tensor or None.
+        solver_steps: steps of the linear solve, 0-d tensor or None.
+        status: how the linear solve ended, or ``""``.
+        outer_step: number of the outer step it was used in, from 1; 0 before that.
+        notes: approximations and warnings, one phrase each.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    estimator: str
+    steps: int
+    hessian_steps: int
+    products: int
+    seconds: float
+    zeros: dict[str, Tensor]
+    residual: Tensor | None = None
+    solver_steps: Tensor | None = None
+    status: str = ""
+    outer_step: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [
+            f"outer step {self.outer_step}" if self.outer_step else "hypergradient",
+            f"loss {float(self.loss):.4g}",
+            f"norm {float(self.norm):.3g}",
+            self.estimator,
+        ]
+        if self.residual is not None and self.solver_steps is not None:
+            parts.append(
+                f"residual {float(self.residual):.1e} in {int(self.solver_steps)} steps"
+                + (f" ({self.status})" if self.status else "")
+            )
+            parts.append(f"H of {self.hessian_steps}, J of {self.steps} inner steps")
+        else:
+            parts.append(f"through {self.steps} inner steps")
+        parts += [f"{self.products} products", f"{self.seconds:.3g} s", *self.notes]
+        return " · ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for a logger; synchronises."""
+        return {
+            "loss": float(self.loss),
+            "norm": float(self.norm),
+            "estimator": self.estimator,
+            "steps": self.steps,
+            "hessian_steps": self.hessian_steps,
+            "products": self.products,
+            "seconds": self.seconds,
+            "residual": None if self.residual is None else float(self.residual),
+            "solver_steps": None
+            if self.solver_steps is None
+            else int(self.solver_steps),
+            "status": self.status,
+            "outer_step": self.outer_step,
+            "zeros": {name: float(value) for name, value in self.zeros.items()},
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The inverse of `as_dict`."""
+        tensors = ("loss", "norm", "residual", "solver_steps")
+        plain: dict[str, Any] = {
+            k: torch.tensor(v) if k in tensors and v is not None else v
+            for k, v in values.items()
+        }
+        plain["zeros"] = {k: torch.tensor(v) for k, v in values["zeros"].items()}
+        return cls(**plain)

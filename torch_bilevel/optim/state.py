@@ -1,0 +1,278 @@
+"""Saving and loading a `BilevelOptimizer`, in types ``torch.load(weights_only=True)`` accepts.
+
+What is saved beyond the two optimizers: counters, adjoints and eigenvalue estimates, the position
+in the outer data, the history, and the steps recorded since the last outer step, with the batches
+they refer to. Losses are saved by name; closures never.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BilevelError, BilevelWarning
+from ..estimators import EstimatorMemory
+from ..inner import Part, StepRecord
+from ..problem import Call, Randomness
+from ..solvers import Memory
+from .report import Report
+
+if TYPE_CHECKING:
+    from .bilevel import BilevelOptimizer
+
+VERSION = 1
+
+
+def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
+    """See `BilevelOptimizer.state_dict`."""
+    recorder = optimizer._recorder
+    return {
+        "version": VERSION,
+        "inner": [copy.deepcopy(o.state_dict()) for o in optimizer.inners],
+        "outer": copy.deepcopy(optimizer.outer.state_dict()),
+        "estimator": str(optimizer.estimator),
+        "outer_steps": optimizer.outer_steps,
+        "inner_steps": recorder.epoch,
+        "memories": [
+            {
+                "losses": list(names),
+                "adjoint": _clone(memory.adjoint),
+                "eigenvalue": _clone(memory.solver.eigenvalue),
+                "eigenvector": _clone(memory.solver.eigenvector),
+            }
+            for names, memory in optimizer._memories.items()
+        ],
+        "data": {
+            name: loss.data.state_dict()
+            for name, loss in optimizer.outer_losses.items()
+            if loss.data is not None
+        },
+        "history": [report.as_dict() for report in optimizer.history],
+        "window": _save_window(optimizer),
+    }
+
+
+def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
+    """See `BilevelOptimizer.load_state_dict`.
+
+    Raises:
+        BilevelError: it was saved by another version, number of optimizers, or set of losses.
+    """
+    if not isinstance(saved, dict) or saved.get("version") != VERSION:
+        raise BilevelError(
+            "This is not a state_dict of a BilevelOptimizer of this version (keys: "
+            f"{', '.join(map(str, list(saved)[:6]))})."
+        )
+    if len(saved["inner"]) != len(optimizer.inners):
+        raise BilevelError(
+            f"The state_dict has {len(saved['inner'])} inner optimizers, this optimizer has "
+            f"{len(optimizer.inners)}."
+        )
+    for one, values in zip(optimizer.inners, saved["inner"], strict=True):
+        one.load_state_dict(copy.deepcopy(values))
+    optimizer.outer.load_state_dict(copy.deepcopy(saved["outer"]))
+    recorder = optimizer._recorder
+    recorder.restart()
+    recorder.epoch = saved["inner_steps"]
+    recorder.verify_next, recorder.to_verify = True, None
+    optimizer.outer_steps = saved["outer_steps"]
+    optimizer._adjoints.clear()
+    optimizer._memories = {
+        tuple(item["losses"]): EstimatorMemory(
+            _clone(item["adjoint"]),
+            Memory(_clone(item["eigenvalue"]), _clone(item["eigenvector"])),
+        )
+        for item in saved["memories"]
+    }
+    for name, position in saved["data"].items():
+        loss = optimizer.outer_losses.get(name)
+        if loss is None or loss.data is None:
+            raise BilevelError(
+                f"The state_dict has a data position for the outer loss {name!r}, which is not "
+                "registered with data= here. Register the same losses before loading."
+            )
+        loss.data.load_state_dict(position)
+    optimizer.history.clear()
+    optimizer.history.extend(Report.from_dict(item) for item in saved["history"])
+    optimizer.last_report = optimizer.history[-1] if optimizer.history else None
+    _load_window(optimizer, saved["window"])
+
+
+def _clone(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().clone()
+
+
+class _Unsavable(Exception):
+    pass
+
+
+def _save_window(optimizer: BilevelOptimizer) -> dict[str, Any]:
+    window = optimizer._recorder.window
+    names = {loss.function: name for name, loss in optimizer.inner_losses.items()}
+    try:
+        records = [_save_record(optimizer, record, names) for record in window]
+    except _Unsavable as reason:
+        warnings.warn(
+            f"The {len(window)} inner steps recorded since the last outer step are not part of "
+            f"this state_dict: {reason}. A run resumed from it starts a new window; save right "
+            "after an outer step for an exact resume.",
+            BilevelWarning,
+            stacklevel=4,
+        )
+        return {"count": 0, "records": []}
+    return {"count": window.count, "records": records}
+
+
+def _save_record(
+    optimizer: BilevelOptimizer, record: StepRecord, names: dict[Any, str]
+) -> dict[str, Any]:
+    return {
+        "index": record.index,
+        "opaque": record.opaque,
+        "calls": [
+            [_save_call(optimizer, call, names), _encode(optimizer, weight)]
+            for call, weight in record.calls
+        ],
+        "parts": [
+            [
+                number,
+                {
+                    "hyper": _encode(optimizer, part.hyper),
+                    "groups": list(part.groups),
+                    "present": list(part.present),
+                    "values": _encode(optimizer, part.values),
+                    "state": _encode(optimizer, part.state),
+                },
+            ]
+            for number, part in record.parts.items()
+        ],
+    }
+
+
+def _save_call(
+    optimizer: BilevelOptimizer, call: Call, names: dict[Any, str]
+) -> dict[str, Any]:
+    order = {id(m): i for i, m in enumerate(optimizer._modules.members.values())}
+    call.check_unchanged()
+    return {
+        "loss": names[call.function],
+        "args": _encode(optimizer, call.args),
+        "kwargs": _encode(optimizer, call.kwargs),
+        "randomness": call.randomness and call.randomness.state_dict(),
+        "autocast": [
+            [k, on, str(d).removeprefix("torch.")] for k, on, d in call.autocast
+        ],
+        "flags": [[order[id(m)], on] for m, on in call.flags or ()],
+        "buffers": None
+        if call.buffers is None
+        else [[order[id(m)], name, value.clone()] for m, name, value in call.buffers],
+    }
+
+
+def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
+    window = optimizer._recorder.window
+    for item in saved["records"]:
+        calls = [
+            (_load_call(optimizer, call), _decode(optimizer, weight))
+            for call, weight in item["calls"]
+        ]
+        record = StepRecord(calls, item["index"], opaque=item["opaque"])
+        for number, part in item["parts"]:
+            record.parts[number] = Part(
+                hyper=_decode(optimizer, part["hyper"]),
+                groups=part["groups"],
+                present=part["present"],
+                values=_decode(optimizer, part["values"]),
+                state=_decode(optimizer, part["state"]),
+            )
+        window.append(record)
+    window.count = saved["count"]
+
+
+def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:
+    if saved["loss"] not in optimizer.inner_losses:
+        raise BilevelError(
+            f"The state_dict refers to the inner loss {saved['loss']!r}, which is not "
+            "registered. Register the same losses before loading."
+        )
+    modules = list(optimizer._modules.members.values())
+    loss = optimizer.inner_losses[saved["loss"]]
+    args, kwargs = (
+        _decode(optimizer, saved["args"]),
+        _decode(optimizer, saved["kwargs"]),
+    )
+    known = (*optimizer.problem.inner.ids, *optimizer.problem.outer.ids)
+    tensors = [t for t in _tensors((args, kwargs)) if id(t) not in known]
+    try:
+        flags = [(modules[i], on) for i, on in saved["flags"]]
+        buffers = saved["buffers"] and [
+            (modules[i], name, value) for i, name, value in saved["buffers"]
+        ]
+    except IndexError:
+        raise BilevelError(
+            "The state_dict refers to modules this optimizer does not know yet. Pass "
+            "modules=model to the constructor."
+        ) from None
+    return Call(
+        function=loss.function,
+        args=args,
+        kwargs=kwargs,
+        name=loss.name,
+        versions=[(tensor, tensor._version) for tensor in tensors],
+        randomness=saved["randomness"]
+        and Randomness.from_state_dict(saved["randomness"]),
+        autocast=[(k, on, getattr(torch, d)) for k, on, d in saved["autocast"]],
+        flags=flags,
+        buffers=buffers,
+    )
+
+
+def _encode(optimizer: BilevelOptimizer, value: Any) -> Any:
+    """Nested containers of plain values and tensors as dicts, lists and tensors."""
+    if isinstance(value, Tensor):
+        for role in ("inner", "outer"):
+            tensors = getattr(optimizer.problem, role).tensors
+            for index, tensor in enumerate(tensors):
+                if tensor is value:
+                    return {"kind": role, "index": index}
+        return value.detach().clone()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise _Unsavable(
+                "an argument is a dictionary with keys that are not strings"
+            )
+        items = {key: _encode(optimizer, item) for key, item in value.items()}
+        return {"kind": "dict", "items": items}
+    if type(value) in (list, tuple):
+        items = [_encode(optimizer, item) for item in value]
+        return items if type(value) is list else {"kind": "tuple", "items": items}
+    raise _Unsavable(f"an argument of a registered loss is a {type(value).__name__}")
+
+
+def _decode(optimizer: BilevelOptimizer, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(optimizer, item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value["kind"]
+    if kind == "dict":
+        return {key: _decode(optimizer, item) for key, item in value["items"].items()}
+    if kind == "tuple":
+        return tuple(_decode(optimizer, item) for item in value["items"])
+    return getattr(optimizer.problem, kind).tensors[value["index"]]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []

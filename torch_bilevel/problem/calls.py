@@ -1,0 +1,202 @@
+"""A call of a registered loss, remembered so that it can be made again elsewhere.
+
+What is kept: the function, its arguments (containers copied, tensors by reference with their
+version), the random state at entry, autocast, and the training flags of the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentCarriesGraph, BatchChanged, InvalidLoss
+from .modules import Flags, ModuleSet
+from .randomness import Randomness
+
+AutocastState = list[tuple[str, bool, torch.dtype]]
+
+
+@dataclass(slots=True)
+class Call:
+    """One evaluation of a registered loss.
+
+    Attributes:
+        function: the user's function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        name: the function's name, for messages.
+        versions: each tensor argument with its version when it was recorded.
+        randomness: the generators' state at entry; None uses the present one.
+        autocast: per device type, whether autocast was on and its dtype.
+        flags: training flags of the known modules; None uses the present ones.
+        buffers: buffer values at entry, kept where the trajectory is replayed.
+    """
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    name: str
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    randomness: Randomness | None = None
+    autocast: AutocastState = field(default_factory=list)
+    flags: Flags | None = None
+    buffers: list | None = None
+
+    def check_unchanged(self) -> None:
+        """Refuse to evaluate on a batch that was modified in place since.
+
+        Raises:
+            BatchChanged: a tensor argument has another version than when it was recorded.
+        """
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise BatchChanged(
+                    f"An argument of {self.name!r} (shape {tuple(tensor.shape)}, "
+                    f"{tensor.dtype}) was changed in place after the loss was evaluated on it "
+                    f"({tensor._version - version} in-place operations since). The "
+                    "hypergradient would be that of another batch. Pass a copy (x.clone()) to "
+                    "the loss, or do not write into the batch before the outer step."
+                )
+
+    def nbytes(self) -> int:
+        """Bytes of the tensor arguments it keeps alive."""
+        return sum(t.numel() * t.element_size() for t, _ in self.versions)
+
+
+WeightedCall = tuple[Call, Any]  # the call and the weight it was back-propagated with
+
+
+def record(
+    function: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    modules: ModuleSet,
+    live: Callable[[Tensor], bool],
+    devices: Sequence[torch.device],
+    device_types: Sequence[str],
+    keep_buffers: bool = False,
+) -> Call:
+    """Remember a call before it is made.
+
+    Args:
+        function: the user's loss.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        modules: the guarded modules.
+        live: tells the inner and outer parameters from data.
+        devices: accelerators whose random state is recorded.
+        device_types: device types whose autocast state is recorded.
+        keep_buffers: also copy the modules' buffers.
+
+    Returns:
+        The call.
+
+    Raises:
+        ArgumentCarriesGraph: an argument was computed from something that requires grad.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    versions: list[tuple[Tensor, int]] = []
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if live(value):
+                return value
+            if value.grad_fn is not None:
+                raise ArgumentCarriesGraph(
+                    f"An argument of {name!r} (shape {tuple(value.shape)}) was computed outside "
+                    f"it and carries a graph ({value.grad_fn.name()}). The hypergradient would "
+                    "miss what lies before it. Compute it inside the registered loss, or pass "
+                    "it detached (.detach()) if it is a constant."
+                )
+            if not value.is_inference():  # those have no version and cannot change
+                versions.append((value, value._version))
+            return value
+        kind = type(value)
+        if kind is dict:
+            return {key: keep(item) for key, item in value.items()}
+        if kind is list or kind is tuple:
+            return kind([keep(item) for item in value])
+        return value
+
+    return Call(
+        function=function,
+        args=tuple([keep(value) for value in args]),
+        kwargs={key: keep(value) for key, value in kwargs.items()} if kwargs else {},
+        name=name,
+        versions=versions,
+        randomness=Randomness(devices),
+        autocast=autocast_state(device_types),
+        flags=modules.flags(),
+        buffers=[(m, n, b.detach().clone()) for m, n, b in modules.buffers()]
+        if keep_buffers
+        else None,
+    )
+
+
+def fresh_containers(value: Any) -> Any:
+    """A copy of nested containers, so that a callee may pop from what it is given."""
+    kind = type(value)
+    if kind is dict:
+        return {key: fresh_containers(item) for key, item in value.items()}
+    if kind is list or kind is tuple:
+        return kind([fresh_containers(item) for item in value])
+    return value
+
+
+def autocast_state(device_types: Sequence[str]) -> AutocastState:
+    """Per device type: is autocast on, and with which dtype."""
+    return [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in device_types
+    ]
+
+
+@contextlib.contextmanager
+def autocast(state: AutocastState) -> Iterator[None]:
+    """A fresh autocast region in the given state, with an empty cache before and after."""
+    torch.clear_autocast_cache()
+    try:
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in state:
+                # dtype is validated even when disabled, and float32 is not accepted.
+                region = (
+                    torch.autocast(kind, dtype=dtype)
+                    if enabled
+                    else torch.autocast(kind, enabled=False)
+                )
+                stack.enter_context(region)
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def scalar(result: Any, name: str) -> Tensor:
+    """The loss in what a registered function returned.
+
+    A tensor, a tuple or list whose first item is one, or an object with ``.loss``.
+
+    Raises:
+        InvalidLoss: there is no real tensor of one element.
+    """
+    loss: Any = result
+    if isinstance(loss, (tuple, list)) and loss:
+        loss = loss[0]
+    elif not isinstance(loss, Tensor):
+        loss = getattr(loss, "loss", loss)
+    if not isinstance(loss, Tensor):
+        raise InvalidLoss(
+            f"The registered loss {name!r} returned {type(loss).__name__!r}; return a scalar "
+            "tensor, a tuple whose first item is one, or an object with a .loss attribute."
+        )
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise InvalidLoss(
+            f"The registered loss {name!r} returned a tensor of shape {tuple(loss.shape)} and "
+            f"dtype {loss.dtype}; return one real number, for example with .mean()."
+        )
+    return loss

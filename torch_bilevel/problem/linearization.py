@@ -1,0 +1,93 @@
+"""The inner loss differentiated once at a point: gradient and any number of products.
+
+With G(x, y) = ∇_y Σ w g and its graph kept, one backward pass gives
+
+    hvp(v)   = H v = ∂_y⟨G, v⟩        cross(v) = J v = ∂_x⟨G, v⟩
+    joint(v) = (H v, J v)              from a single pass
+
+at about one gradient's cost each. Point and randomness (dropout) are frozen while it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..errors import StalePoint
+from .variables import gradients
+
+if TYPE_CHECKING:
+    from .problem import BilevelProblem
+
+
+class Linearization:
+    """Products with H and J at the point where it was made.
+
+    Args:
+        problem: the problem, for layouts and the point.
+        parts: ∇_y g per inner parameter with graph, None where not reached.
+    """
+
+    def __init__(self, problem: BilevelProblem, parts: Sequence[Tensor | None]):
+        self.problem = problem
+        self.parts = list(parts)
+        self.reached = [False] * len(problem.outer.tensors)
+        self._token = self._now()
+        self._live = [
+            index
+            for index, part in enumerate(self.parts)
+            if part is not None and part.requires_grad
+        ]
+
+    @property
+    def gradient(self) -> Tensor:
+        """∇_y g as a flat vector, detached."""
+        return self.problem.inner.layout.flatten(
+            [None if part is None else part.detach() for part in self.parts]
+        )
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """H v, flat, of the inner layout."""
+        return self._product(v, inner=True, outer=False)[0]
+
+    def cross(self, v: Tensor) -> Tensor:
+        """J v = ∂_x⟨∇_y g, v⟩, flat, of the outer layout."""
+        return self._product(v, inner=False, outer=True)[1]
+
+    def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(H v, J v) from one backward pass."""
+        return self._product(v, inner=True, outer=True)
+
+    def _now(self) -> tuple:
+        return self.problem.inner.token(), self.problem.outer.token()
+
+    def _product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+        if self._now() != self._token:
+            raise StalePoint(
+                "This linearisation belongs to another point: the inner or outer parameters "
+                "moved since problem.linearize(...). Linearise again at the present point."
+            )
+        problem = self.problem
+        problem.num_products += 1
+        to_inner = [None] * len(problem.inner.tensors)
+        to_outer = [None] * len(problem.outer.tensors)
+        if self._live:
+            weights = problem.inner.layout.split(v)
+            found = gradients(
+                [self.parts[index] for index in self._live],  # type: ignore[misc]
+                [weights[index] for index in self._live],
+                problem.inner.tensors if inner else (),
+                problem.outer.tensors if outer else (),
+                retain_graph=True,
+            )
+            to_inner, to_outer = found[0] or to_inner, found[1] or to_outer
+        self.reached = [
+            known or part is not None
+            for known, part in zip(self.reached, to_outer, strict=True)
+        ]
+        return (
+            problem.inner.layout.flatten(to_inner) if inner else v.new_empty(0),
+            problem.outer.layout.flatten(to_outer) if outer else v.new_empty(0),
+        )

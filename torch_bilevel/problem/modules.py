@@ -1,0 +1,161 @@
+"""The user's modules while a loss is evaluated elsewhere: buffers and training flags.
+
+An evaluation may update BatchNorm statistics or other buffers. For its duration every buffer is
+exchanged for a copy, so the user's own tensor is never touched: its values, its version counter
+and the graphs that hold it stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+Flags = list[tuple[nn.Module, bool]]
+
+
+class ModuleSet:
+    """Modules whose buffers and training flags are guarded.
+
+    Args:
+        modules: the modules the user named; their submodules are included.
+    """
+
+    def __init__(self, modules: tuple[nn.Module, ...] = ()):
+        self.members: dict[int, nn.Module] = {}
+        self.searched: set[int] = set()
+        for module in modules:
+            self.add(module)
+
+    def add(self, module: nn.Module) -> None:
+        """Guard a module and its submodules."""
+        for member in module.modules():
+            self.members.setdefault(id(member), member)
+
+    def discover(self, function: Callable[..., Any], arguments: tuple) -> None:
+        """Add the modules that a function's closure, globals, object or arguments name."""
+        if id(function) in self.searched:
+            return
+        self.searched.add(id(function))
+        for module in _reachable(function, arguments):
+            self.add(module)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether one of them runs cuDNN's recurrent kernels."""
+        return any(isinstance(m, nn.RNNBase) for m in self.members.values())
+
+    def flags(self) -> Flags:
+        """The training flag of every module."""
+        return [(module, module.training) for module in self.members.values()]
+
+    def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Every buffer with its owner and name."""
+        return [
+            (module, name, buffer)
+            for module in self.members.values()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    @contextlib.contextmanager
+    def guarded(
+        self,
+        flags: Flags | None = None,
+        values: list[tuple[nn.Module, str, Tensor]] | None = None,
+        watch: bool = False,
+    ) -> Iterator[None]:
+        """Evaluate inside with exchanged buffers; at exit everything is as before.
+
+        Args:
+            flags: training flags to evaluate with; the present ones if None.
+            values: buffer values to evaluate with; the present ones if None.
+            watch: look out for modules that are not members yet, and guard them before they
+                run. Used for the first evaluation of a loss.
+        """
+        before = self.flags()
+        given = {(id(m), name): value for m, name, value in values or ()}
+        exchanged: list[tuple[nn.Module, str, Tensor]] = []
+        copies: dict[int, Tensor] = {}
+
+        def exchange(module: nn.Module) -> None:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    exchanged.append((module, name, buffer))
+                    value = given.get((id(module), name), buffer)
+                    copy = copies.setdefault(id(buffer), value.detach().clone())
+                    module._buffers[name] = copy
+
+        def on_forward(module: nn.Module, _: Any) -> None:
+            if id(module) not in self.members:
+                for member in module.modules():
+                    if id(member) not in self.members:
+                        self.members[id(member)] = member
+                        before.append((member, member.training))
+                        exchange(member)
+
+        handle = register_module_forward_pre_hook(on_forward) if watch else None
+        try:
+            for module in list(self.members.values()):
+                exchange(module)
+            for module, training in flags or ():
+                module.training = training
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            for module, name, buffer in exchanged:
+                module._buffers[name] = buffer
+            for module, training in before:
+                module.training = training
+
+
+def _reachable(function: Callable[..., Any], arguments: tuple) -> list[nn.Module]:
+    """Modules a function can name, looking two levels deep into plain containers."""
+    found: list[nn.Module] = []
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif depth and isinstance(value, (list, tuple)):
+            for item in value[:64]:
+                look(item, depth - 1)
+        elif depth and isinstance(value, dict):
+            for item in list(value.values())[:64]:
+                look(item, depth - 1)
+        elif depth and not isinstance(value, (Tensor, type)) and _plain_object(value):
+            for item in vars(value).values():
+                look(item, depth - 1)
+
+    inner = inspect.unwrap(function)
+    while hasattr(inner, "func") and hasattr(inner, "keywords"):  # functools.partial
+        look((inner.args, inner.keywords), 3)
+        inner = inspect.unwrap(inner.func)
+    look(getattr(inner, "__self__", None), 2)
+    plain = getattr(inner, "__func__", inner)
+    for cell in getattr(plain, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            look(cell.cell_contents, 2)
+    names = getattr(getattr(plain, "__code__", None), "co_names", ())
+    space = getattr(plain, "__globals__", {})
+    for name in names:
+        look(space.get(name), 2)
+    look(getattr(plain, "__defaults__", None), 2)
+    look(arguments, 2)
+    return found
+
+
+def _plain_object(value: Any) -> bool:
+    kind = type(value)
+    return (
+        hasattr(value, "__dict__")
+        and not callable(value)
+        and kind.__module__.split(".")[0] not in ("torch", "numpy", "builtins")
+        and not inspect.ismodule(value)
+        and not isinstance(value, torch.optim.Optimizer)
+    )

@@ -1,0 +1,241 @@
+"""The bilevel problem at the user's live parameters.
+
+    min_x f(x, y*(x)),    y*(x) = argmin_y g(x, y)
+
+`BilevelProblem` evaluates recorded calls of f and g at the present (or an overwritten) point
+and hands out gradients and linearisations as flat vectors. It owns every precaution that
+evaluating somebody else's program elsewhere needs; estimators never see a module or a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Disconnected, NoSecondDerivative
+from ..second_order import second_order
+from .calls import Call, WeightedCall, autocast, fresh_containers, scalar
+from .linearization import Linearization
+from .modules import ModuleSet
+from .randomness import preserved
+from .variables import Variables, gradients
+
+
+@dataclass
+class OuterGradients:
+    """Value and partial gradients of the outer loss at the present point.
+
+    Attributes:
+        value: the outer loss, 0-d, detached.
+        inner: ∂_y f as a flat vector.
+        outer: ∂_x f as a flat vector.
+        reached: per outer tensor, whether f depends on it directly.
+    """
+
+    value: Tensor
+    inner: Tensor
+    outer: Tensor
+    reached: list[bool]
+
+
+class BilevelProblem:
+    """Inner and outer variables, and how to evaluate recorded losses on them.
+
+    Args:
+        inner: the inner variables y.
+        outer: the outer variables x.
+        modules: modules whose buffers and flags are guarded during evaluations.
+    """
+
+    def __init__(self, inner: Variables, outer: Variables, modules: ModuleSet):
+        self.inner = inner
+        self.outer = outer
+        self.modules = modules
+        self.num_products = 0
+        self._watched: set[int] = set()
+        tensors = inner.tensors + outer.tensors
+        self.device_types = tuple(
+            dict.fromkeys([*(t.device.type for t in tensors), "cpu"])
+        )
+        self.devices = [
+            device
+            for device in dict.fromkeys(t.device for t in tensors)
+            if device.type != "cpu"
+        ]
+
+    @contextlib.contextmanager
+    def evaluating(self, call: Call) -> Iterator[None]:
+        """Everything under which a recorded call is evaluated, and differentiated, again.
+
+        Generators, buffers, training flags and ``requires_grad`` flags are put back at exit.
+        """
+        watch = id(call.function) not in self._watched
+        frozen = [t for t in self.outer.tensors if not t.requires_grad]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(preserved(self.devices))
+            stack.enter_context(
+                self.modules.guarded(call.flags, call.buffers, watch=watch)
+            )
+            stack.enter_context(second_order(self.modules.recurrent))
+            stack.enter_context(torch.enable_grad())
+            for tensor in frozen:
+                stack.callback(tensor.requires_grad_, False)
+                tensor.requires_grad_(True)
+            if call.randomness is not None:
+                call.randomness.restore()
+            yield
+        self._watched.add(id(call.function))
+
+    def run(self, call: Call) -> Any:
+        """What a call returns at the present point, with its graph; inside `evaluating`.
+
+        Raises:
+            Disconnected: the loss has no graph.
+        """
+        call.check_unchanged()
+        with autocast(call.autocast):
+            result = call.function(
+                *fresh_containers(call.args), **fresh_containers(call.kwargs)
+            )
+        if not scalar(result, call.name).requires_grad:
+            raise Disconnected(
+                f"The registered loss {call.name!r} does not depend on any inner or outer "
+                "parameter: the tensor it returned has no graph. Was it computed under "
+                "torch.no_grad(), from detached values, or with .item()?"
+            )
+        return result
+
+    def inner_gradients(
+        self, calls: Sequence[WeightedCall], create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """∇_y Σ w g(x, y), call by call in the order of the user's own backwards.
+
+        Args:
+            calls: recorded calls with their weights.
+            create_graph: keep the graph, for products.
+
+        Returns:
+            One tensor per inner parameter, None where no call reaches it.
+
+        Raises:
+            Disconnected: a call reaches no inner parameter.
+        """
+        total: list[Tensor | None] = [None] * len(self.inner.tensors)
+        for call, weight in calls:
+            with self.evaluating(call):
+                loss = scalar(self.run(call), call.name)
+                (parts,) = gradients(
+                    loss,
+                    like(weight, loss),
+                    self.inner.tensors,
+                    create_graph=create_graph,
+                )
+            if all(part is None for part in parts):
+                raise Disconnected(
+                    f"The inner loss {call.name!r} does not depend on any inner parameter "
+                    f"({_few(self.inner)})."
+                )
+            total = [
+                part if known is None else known if part is None else known + part
+                for known, part in zip(total, parts, strict=True)
+            ]
+        return total
+
+    def linearize(self, calls: Sequence[WeightedCall]) -> Linearization:
+        """Differentiate Σ w g once, at the present point, for any number of products.
+
+        Args:
+            calls: recorded calls with their weights; their graphs live together.
+
+        Returns:
+            The linearisation; it refuses to be used after the parameters moved.
+        """
+        return Linearization(self, self.inner_gradients(calls, create_graph=True))
+
+    def outer_gradients(
+        self, calls: Sequence[WeightedCall], values: Sequence[Tensor] | None = None
+    ) -> OuterGradients:
+        """Value, ∂_y f and ∂_x f of Σ w f.
+
+        Args:
+            calls: recorded calls of outer losses with their weights.
+            values: their losses, with graphs, if already evaluated at this point.
+        """
+        total: Tensor | None = None
+        inner, outer = self.inner.layout.zeros(), self.outer.layout.zeros()
+        reached = [False] * len(self.outer.tensors)
+        touched = False
+        for index, (call, weight) in enumerate(calls):
+            with self.evaluating(call):
+                loss = (
+                    scalar(self.run(call), call.name)
+                    if values is None
+                    else values[index]
+                )
+                seed = like(weight, loss)
+                to_inner, to_outer = gradients(
+                    loss,
+                    seed,
+                    self.inner.tensors,
+                    self.outer.tensors,
+                    retain_graph=values is not None,
+                )
+            touched |= any(part is not None for part in to_inner)
+            reached = [
+                known or part is not None
+                for known, part in zip(reached, to_outer, strict=True)
+            ]
+            inner += self.inner.layout.flatten(to_inner)
+            outer += self.outer.layout.flatten(to_outer)
+            part = (loss.detach() * seed).reshape(())
+            total = part if total is None else total + part
+        if not touched:
+            raise Disconnected(
+                f"The outer loss {calls[0][0].name!r} does not depend on any inner parameter "
+                f"({_few(self.inner)}), so there is nothing to differentiate through the "
+                "inner loop. Does it use the model that the inner optimizer trains?"
+            )
+        assert total is not None
+        return OuterGradients(total, inner, outer, reached)
+
+
+def like(weight: Any, loss: Tensor) -> Tensor:
+    """A weight as the incoming gradient of a loss."""
+    weight = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device)
+    return weight.reshape(loss.shape)
+
+
+def _few(variables: Variables) -> str:
+    names = variables.layout.names
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+_NO_SECOND = (
+    "does not currently support double backward",
+    "derivative for",
+    "is not implemented",
+    "not differentiable twice",
+    "marked with @once_differentiable",
+    "trying to differentiate twice",
+)
+
+
+def raise_if_no_second_derivative(error: RuntimeError) -> None:
+    """Rewrite PyTorch's message about a missing second derivative.
+
+    Raises:
+        NoSecondDerivative: if that is what ``error`` is about.
+    """
+    text = str(error)
+    if any(part in text for part in _NO_SECOND):
+        raise NoSecondDerivative(
+            f"An operation of the model has no second derivative in PyTorch: {text.strip()}\n"
+            "Replace the operation (nn.EmbeddingBag: nn.Embedding and a mean; cdist: the "
+            "expanded square; a custom autograd.Function: write its backward with "
+            "differentiable operations; torch.utils.checkpoint: pass use_reentrant=False)."
+        ) from error

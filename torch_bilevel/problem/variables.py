@@ -1,0 +1,94 @@
+"""The live parameters of one level: read, overwrite for a while, put back.
+
+To evaluate anything at another point the parameters are overwritten through ``p.data``, used
+and put back. ``p.data.copy_`` leaves the version counter alone, so graphs the user is holding
+stay valid after the restore (``p.copy_`` under ``no_grad`` would invalidate every one of them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._vector import Layout
+
+
+class Variables:
+    """Live parameters and their flat layout.
+
+    Args:
+        role: ``"inner"`` or ``"outer"``, used in messages.
+        tensors: the leaf parameters, in order.
+        names: one name each.
+
+    Raises:
+        UnsupportedParameter: a parameter is sparse, complex, expanded, not a leaf, ...
+    """
+
+    def __init__(self, role: str, tensors: Sequence[Tensor], names: Sequence[str]):
+        _checks.parameters(role, tensors, names)
+        self.role = role
+        self.tensors = list(tensors)
+        self.layout = Layout(tensors, names)
+        self.ids = {id(tensor) for tensor in tensors}
+        self.depth = 0  # how many swaps are open
+        self.point = 0  # counts overwrites, so that a linearisation can tell
+
+    def __contains__(self, tensor: object) -> bool:
+        return id(tensor) in self.ids
+
+    def read(self) -> Tensor:
+        """The present values as one flat vector (a copy)."""
+        return self.layout.flatten([t.detach() for t in self.tensors]).clone()
+
+    def overwrite(self, values: Sequence[Tensor]) -> None:
+        """Set every parameter, invisibly to autograd's version counters."""
+        self.point += 1
+        torch._foreach_copy_(  # type: ignore[attr-defined]
+            [t.data for t in self.tensors], list(values)
+        )
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """At exit, also by exception, every parameter has the value it had at entry."""
+        saved = [tensor.detach().clone() for tensor in self.tensors]
+        point = self.point
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.overwrite(saved)
+            self.depth -= 1
+            self.point = point
+
+    def token(self) -> tuple:
+        """What must not change while a linearisation lives."""
+        return (
+            self.point,
+            self.depth,
+            tuple((t._version, t.data_ptr()) for t in self.tensors),
+        )
+
+
+def gradients(
+    output: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
+    *groups: Sequence[Tensor],
+    **options: bool,
+) -> list[list[Tensor | None]]:
+    """``autograd.grad`` in one pass, per group of tensors; None where one is not reached.
+
+    Frozen tensors (``requires_grad=False``) are never reached.
+    """
+    wanted = [tensor for group in groups for tensor in group if tensor.requires_grad]
+    found = (
+        torch.autograd.grad(output, wanted, weight, allow_unused=True, **options)
+        if wanted
+        else ()
+    )
+    reached = dict(zip(map(id, wanted), found, strict=True))
+    return [[reached.get(id(tensor)) for tensor in group] for group in groups]

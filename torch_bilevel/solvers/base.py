@@ -1,0 +1,153 @@
+"""What a linear solver is: ``solve(A, b, x0) -> Solution``. It sees an operator, never a loss.
+
+    operator   A, a map of flat vectors, with facts about it (size, symmetric)
+    solver     a frozen dataclass whose fields are its hyperparameters
+    solution   v with A v ≈ b, and how it was found
+    memory     what a solver carries from one system to the next (an eigenvalue estimate)
+
+Laws, asserted by tests: the residual it reports is ‖b − A v‖/‖b‖; a start x0 that solves the
+system is returned unchanged; the start is never worse than zero; tolerances are relative to
+‖b‖, because hypergradients near convergence have a tiny b and an absolute tolerance would
+silently return zero.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Operator:
+    """A linear map of flat vectors.
+
+    Attributes:
+        apply: the product v ↦ A v.
+        size: the dimension.
+        symmetric: whether A = Aᵀ.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    size: int
+    symmetric: bool = True
+    num_products: int = 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """A v."""
+        self.num_products += 1
+        return self.apply(v)
+
+
+@dataclass
+class Solution:
+    """An approximate solution of A v = b. Flags and numbers are 0-d tensors on the device.
+
+    Attributes:
+        value: v, flat.
+        num_steps: iterations that changed v.
+        residual: ‖b − A v‖/‖b‖ (zero when b is zero).
+        converged: the tolerance was met.
+        negative_curvature: a direction p with pᵀA p < 0 was met; v is the last good iterate.
+        curvature: pᵀA p / pᵀp there, or of the last direction.
+        diverged: the iteration moved away from the solution.
+        safe_step: the step size that would converge, where the solver has one.
+    """
+
+    value: Tensor
+    num_steps: Tensor
+    residual: Tensor
+    converged: Tensor
+    negative_curvature: Tensor
+    curvature: Tensor
+    diverged: Tensor
+    safe_step: Tensor | None = None
+
+    @property
+    def status(self) -> str:
+        """One word; reading it synchronises with the device."""
+        if bool(self.diverged):
+            return "diverged"
+        if bool(self.negative_curvature):
+            return "negative curvature"
+        return "converged" if bool(self.converged) else "max steps"
+
+
+@dataclass
+class Memory:
+    """What a solver remembers between systems.
+
+    Attributes:
+        eigenvalue: λ̂_max of A.
+        eigenvector: the vector that gave it.
+    """
+
+    eigenvalue: Tensor | None = None
+    eigenvector: Tensor | None = None
+
+
+class Solver(abc.ABC):
+    """A way to solve A v = b; subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+    needs_symmetric: ClassVar[bool] = False
+    uses_start: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        operator: Operator,
+        b: Tensor,
+        x0: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Solution:
+        """Solve A v = b.
+
+        Args:
+            operator: A.
+            b: right-hand side, shape ``(operator.size,)``.
+            x0: start; ignored when zero is closer.
+            memory: carries an eigenvalue estimate between systems.
+
+        Returns:
+            The solution with its status and relative residual.
+        """
+
+
+def start(operator: Operator, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x, r = b − A x) from x0, or from zero if that is closer."""
+    if x0 is None:
+        return torch.zeros_like(b), b.clone()
+    r = b - operator(x0)
+    worse = ~(torch.dot(r, r) < torch.dot(b, b))  # also when r is not finite
+    zero = b.new_zeros(())
+    return torch.where(worse, zero, x0), torch.where(worse, b, r)
+
+
+def relative(r: Tensor, b: Tensor) -> Tensor:
+    """‖r‖/‖b‖, zero when both are zero."""
+    size = torch.linalg.vector_norm(b)
+    norm = torch.linalg.vector_norm(r)
+    return torch.where(norm == 0, torch.zeros_like(norm), norm / size)
+
+
+def may_stop_early(b: Tensor, rtol: float) -> bool:
+    """Whether looking at a flag each step is worth a host synchronisation."""
+    return rtol > 0 or b.device.type == "cpu"
+
+
+def solution(value: Tensor, residual: Tensor, **given: Any) -> Solution:
+    """A `Solution` in which what is not given is false or zero."""
+    no = torch.zeros((), dtype=torch.bool, device=value.device)
+    defaults: dict[str, Any] = {
+        "num_steps": torch.zeros((), dtype=torch.int64, device=value.device),
+        "converged": no,
+        "negative_curvature": no,
+        "curvature": value.new_zeros(()),
+        "diverged": no,
+    }
+    return Solution(value=value, residual=residual, **{**defaults, **given})

@@ -1,0 +1,112 @@
+"""MINRES (Paige & Saunders 1975) for symmetric A, definite or not.
+
+Lanczos vectors v_j with tridiagonal coefficients (α_j, β_j); a QR factorisation by Givens
+rotations (c, s) updated column by column minimises ‖b − A x‖ over the Krylov space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .base import (
+    Memory,
+    Operator,
+    Solution,
+    Solver,
+    may_stop_early,
+    relative,
+    solution,
+    start,
+)
+
+
+@dataclass(frozen=True)
+class MINRES(Solver):
+    """Minimal residuals: for symmetric systems that may be indefinite.
+
+    The choice when CG reports negative curvature: it solves H v = b for an invertible,
+    indefinite H instead of stopping.
+
+    Needs: a symmetric A. Costs: one product a step (one more with a warm start) and seven
+    vectors. A host synchronisation a step unless ``rtol=0``.
+
+    Args:
+        max_steps: cap on the number of steps.
+        rtol: stop when ‖b − A v‖ ≤ rtol·‖b‖; 0 runs all steps.
+
+    Example:
+        >>> import torch
+        >>> from torch_bilevel.solvers import MINRES, Operator
+        >>> A = torch.diag(torch.tensor([1., -4.]))
+        >>> MINRES(max_steps=2).solve(Operator(A.mv, 2), torch.tensor([1., 1.])).value
+        tensor([ 1.0000, -0.2500])
+    """
+
+    max_steps: int = 20
+    rtol: float = 1e-4
+
+    name: ClassVar[str] = "minres"
+    needs_symmetric: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.positive_int("MINRES", "max_steps", self.max_steps)
+        _checks.real("MINRES", "rtol", self.rtol)
+
+    def solve(
+        self,
+        operator: Operator,
+        b: Tensor,
+        x0: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Solution:
+        """See `Solver.solve`."""
+        x, r = start(operator, b, x0)
+        # beta: norm of the next Lanczos vector;  phi: norm of the residual
+        beta = torch.linalg.vector_norm(r)
+        target = self.rtol * torch.linalg.vector_norm(b)
+        phi = beta
+        active = phi > target
+        zero = torch.zeros_like(beta)
+        v_previous, w, w_previous = (torch.zeros_like(b) for _ in range(3))
+        v = torch.where(active, r / beta, zero)
+        beta = zero
+        c, s, delta, epsilon = -torch.ones_like(zero), zero, zero, zero
+        scale = zero
+        steps = torch.zeros((), dtype=torch.int64, device=b.device)
+        tiny = 10 * torch.finfo(b.dtype).eps
+        check = may_stop_early(b, self.rtol)
+        for _ in range(self.max_steps):
+            if check and not bool(active):
+                break
+            # A v_j = β_j v_{j−1} + α_j v_j + β_{j+1} v_{j+1}
+            Av = operator(v)
+            scale = torch.maximum(scale, torch.linalg.vector_norm(Av))
+            alpha = torch.dot(v, Av)
+            u = Av - alpha * v - beta * v_previous
+            beta_next = torch.linalg.vector_norm(u)
+            # the new column of T, rotated by the two previous Givens rotations
+            epsilon_old = epsilon
+            rho = c * delta + s * alpha
+            gamma_bar = s * delta - c * alpha
+            epsilon = s * beta_next
+            delta = -c * beta_next
+            gamma = torch.hypot(gamma_bar, beta_next)
+            usable = active & (gamma > tiny * scale)
+            c = torch.where(usable, gamma_bar / gamma, c)
+            s = torch.where(usable, beta_next / gamma, s)
+            w_next = (v - epsilon_old * w_previous - rho * w) / gamma
+            x = torch.where(usable, x + c * phi * w_next, x)
+            phi = torch.where(usable, (s * phi).abs(), phi)
+            steps = steps + usable
+            # β_{j+1} = 0: the Krylov space is exhausted and x is exact on it
+            active = usable & (phi > target) & (beta_next > tiny * scale)
+            w_previous, w = w, torch.where(usable, w_next, w)
+            v_previous, v = v, torch.where(active, u / beta_next, zero)
+            beta = beta_next
+        residual = relative(phi.reshape(1), b)
+        return solution(x, residual, num_steps=steps, converged=phi <= target)

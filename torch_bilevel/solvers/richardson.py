@@ -1,0 +1,179 @@
+"""Richardson iteration (fixed-point iteration, AID-FP) for positive definite A.
+
+    v ← v + η (b − A v)        so that  r ← (I − η A) r
+
+Converges for 0 < η < 2/λ_max, by max|1 − η λ| a step. Grazzi et al. (2020) call it AID-FP when
+A = I − ∂Ψᵀ; with Ψ a gradient step of size η the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .base import (
+    Memory,
+    Operator,
+    Solution,
+    Solver,
+    may_stop_early,
+    relative,
+    solution,
+    start,
+)
+from .spectrum import largest_eigenvalue
+
+
+@dataclass(frozen=True)
+class Richardson(Solver):
+    """Richardson (fixed-point) iteration with a warm start.
+
+    Needs: the symmetric part of A positive definite. Costs: one product a step (one more with
+    a warm start; about ten once, to estimate λ_max when ``step_size`` is left out), three vectors.
+
+    Args:
+        max_steps: cap on the number of steps.
+        step_size: η, in units of 1/curvature; None takes 1/λ̂_max by power iteration at first
+            use, and again when divergence is seen.
+        rtol: stop when ‖b − A v‖ ≤ rtol·‖b‖; 0 runs all steps.
+
+    Example:
+        >>> import torch
+        >>> from torch_bilevel.solvers import Operator, Richardson
+        >>> A = torch.diag(torch.tensor([1., 2.]))
+        >>> solver = Richardson(max_steps=60, step_size=0.6, rtol=0.)
+        >>> solver.solve(Operator(A.mv, 2), torch.tensor([1., 1.])).value
+        tensor([1.0000, 0.5000])
+    """
+
+    max_steps: int = 20
+    step_size: float | None = None
+    rtol: float = 1e-4
+
+    name: ClassVar[str] = "richardson"
+
+    def __post_init__(self) -> None:
+        _checks.positive_int("Richardson", "max_steps", self.max_steps)
+        _checks.real(
+            "Richardson", "step_size", self.step_size, positive=True, optional=True
+        )
+        _checks.real("Richardson", "rtol", self.rtol)
+
+    def solve(
+        self,
+        operator: Operator,
+        b: Tensor,
+        x0: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Solution:
+        """See `Solver.solve`."""
+        x, r = start(operator, b, x0)
+
+        def run(eta: Tensor) -> Solution:
+            return iterate(operator, b, x, r, eta, self.max_steps, self.rtol)
+
+        return with_step_size(run, operator, b, self.step_size, memory)
+
+
+def iterate(
+    operator: Operator,
+    b: Tensor,
+    x: Tensor,
+    r: Tensor,
+    eta: Tensor,
+    num_steps: int,
+    rtol: float,
+    last_product: bool = True,
+) -> Solution:
+    """``num_steps`` Richardson steps from (x, r = b − A x).
+
+    Args:
+        operator: A.
+        b: right-hand side.
+        x: start.
+        r: its residual.
+        eta: step size, 0-d.
+        num_steps: number of steps.
+        rtol: relative tolerance; 0 runs all steps.
+        last_product: spend a product on the residual of the last iterate; without it the
+            residual reported is that of the iterate before.
+
+    Returns:
+        The last iterate, or the one of smallest residual if the iteration diverged.
+    """
+    target = rtol**2 * torch.dot(b, b)
+    best, best_rr = x, torch.dot(r, r)
+    rr = best_rr
+    curvature = torch.zeros_like(rr)
+    steps = 0
+    check = may_stop_early(b, rtol)
+    for index in range(num_steps):
+        if check and bool(rr <= target):
+            break
+        steps += 1
+        # x ← x + η r;   r ← r − η A r
+        x = x + eta * r
+        if index == num_steps - 1 and not last_product:
+            break
+        Ar = operator(r)
+        curvature = torch.dot(r, Ar) / rr
+        r = r - eta * Ar
+        rr = torch.dot(r, r)
+        better = rr < best_rr
+        best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
+    diverged = ~(rr <= torch.dot(b, b) * (1 + 1e-3))
+    return solution(
+        torch.where(diverged, best, x),
+        relative(torch.where(diverged, best_rr, rr).sqrt().reshape(1), b),
+        num_steps=torch.tensor(steps, device=b.device),
+        converged=rr <= target,
+        curvature=curvature,
+        diverged=diverged,
+    )
+
+
+def with_step_size(
+    run: Callable[[Tensor], Solution],
+    operator: Operator,
+    b: Tensor,
+    step_size: float | None,
+    memory: Memory | None,
+) -> Solution:
+    """Run with the given or an automatic step size, and say why if it diverges.
+
+    Divergence has two causes: a step above 2/λ_max, or a negative eigenvalue. The first is
+    repaired when the step is automatic and reported with a safe step otherwise; the second is
+    reported as negative curvature with the best iterate.
+    """
+    memory = Memory() if memory is None else memory
+    if step_size is not None:
+        eta = torch.as_tensor(step_size, dtype=b.dtype, device=b.device)
+    else:
+        if memory.eigenvalue is None:
+            largest_eigenvalue(operator, b, memory)
+        eta = _inverse(memory.eigenvalue)
+    found = run(eta)
+    if not bool(found.diverged):
+        return found
+    size = largest_eigenvalue(operator, b, memory)
+    if step_size is None and bool(size * eta > 1.05):
+        eta = _inverse(size)
+        found = run(eta)
+        if not bool(found.diverged):
+            return found
+    found.safe_step = _inverse(size)
+    if bool(size * eta < 2):
+        # |1 − ηλ| > 1 although η < 2/|λ|_max: some λ is negative.
+        found.diverged = torch.zeros_like(found.diverged)
+        found.negative_curvature = torch.ones_like(found.diverged)
+    return found
+
+
+def _inverse(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return torch.where(value > 0, 1 / value, torch.ones_like(value))
