@@ -31,7 +31,7 @@ def adam(
     Returns:
         y_{k+1} and the next state.
     """
-    lr = number(hyper["lr"])
+    lr = hyper["lr"]  # a float32 tensor stays one, for torch rounds in it too
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
     step = float(state.get("step", 0.0)) + 1
     zero = torch.zeros_like(parameter)
@@ -48,7 +48,7 @@ def adam(
         v = torch.maximum(state.get("max_exp_avg_sq", zero), v)
         state["max_exp_avg_sq"] = v
     denominator = root(v) / (1 - beta2**step) ** 0.5 + hyper["eps"]
-    step_size = lr / (1 - beta1**step)
+    step_size = number(lr / (1 - beta1**step))
     return torch.addcdiv(parameter, m, denominator, value=-step_size), state
 
 
