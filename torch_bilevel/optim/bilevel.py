@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
@@ -125,7 +126,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self._transform: GradientTransform | None = None
         self._memories: dict[tuple[str, ...], EstimatorMemory] = {}
         self._adjoints: dict[tuple[str, ...], Tensor] = {}  # of the coming outer step
-        self._warned: set[type] = set()
+        self._warned: set[type[Warning]] = set()
         self._outer_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._problem: BilevelProblem | None = None
         self._become_an_optimizer()
@@ -377,23 +378,26 @@ class BilevelOptimizer(torch.optim.Optimizer):
         )
         chosen = estimator or self._estimator
         chosen.check(self.inners)
-        parts, report, estimate = estimation.only_once(
-            self._warned,
-            lambda: estimation.run(
-                situation,
-                chosen,
-                calls,
-                values,
-                to_verify=self._recorder.to_verify,
-                unused=self.unused,
-                strict=self.strict,
-            ),
+        parts, report, estimate = estimation.run(
+            situation,
+            chosen,
+            calls,
+            values,
+            to_verify=self._recorder.to_verify,
+            unused=self.unused,
+            strict=self.strict,
+            warn=self._warn_once,
         )
         self._recorder.to_verify = None
         self.last_report = report
         if own and estimate.adjoint is not None:
             self._adjoints[names] = estimate.adjoint
         return parts
+
+    def _warn_once(self, category: type[Warning], text: str) -> None:
+        if category not in self._warned:
+            self._warned.add(category)
+            warnings.warn(text, category, stacklevel=4)
 
     def _after_inner_step(self) -> None:
         if self.inner_steps and self._recorder.window.count >= self.inner_steps:

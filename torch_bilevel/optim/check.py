@@ -256,7 +256,9 @@ class Runner:
             )
             for o in optimizers
         ]
-        with self.problem.inner.swapped(), self.problem.outer.swapped():
+        # The user's optimizer writes in place; graphs the user holds must not notice.
+        versions = torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+        with versions, self.problem.inner.swapped(), self.problem.outer.swapped():
             try:
                 for o in optimizers:
                     o.state = defaultdict(dict)

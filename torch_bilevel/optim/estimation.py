@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +29,8 @@ from ..problem import (
 from ..solvers import Solution
 from .report import Report
 
+Warn = Callable[[type[Warning], str], None]
+
 
 def run(
     situation: Situation,
@@ -41,6 +41,7 @@ def run(
     to_verify: StepRecord | None,
     unused: str,
     strict: bool,
+    warn: Warn,
 ) -> tuple[list[Tensor], Report, Estimate]:
     """The hypergradient of Σ w f, with one host synchronisation at the end.
 
@@ -52,6 +53,7 @@ def run(
         to_verify: a step to verify first, or None.
         unused: ``"error"`` or ``"zero"``.
         strict: negative curvature raises.
+        warn: called with a class and a text.
 
     Returns:
         One gradient per outer variable, the report and the estimate.
@@ -71,7 +73,7 @@ def run(
         check_reached(problem, estimate.reached)
     gradients = problem.outer.layout.split(estimate.gradient)
     status, fractions = check_numbers(
-        problem, outer, estimate, gradients, estimator, strict
+        problem, outer, estimate, gradients, estimator, strict, warn
     )
     found = estimate.solution
     report = Report(
@@ -140,6 +142,7 @@ def check_numbers(
     gradients: Sequence[Tensor],
     estimator: Estimator,
     strict: bool,
+    warn: Warn,
 ) -> tuple[str, dict[str, Tensor]]:
     """Read every flag at once and raise or warn.
 
@@ -185,7 +188,7 @@ def check_numbers(
         text = _negative(estimator, found)
         if strict:
             raise NegativeCurvature(text)
-        warnings.warn(text, NegativeCurvatureWarning, stacklevel=3)
+        warn(NegativeCurvatureWarning, text)
     names = problem.outer.layout.names
     zero = dict(zip(names, zeros, strict=True))
     mostly = [
@@ -194,12 +197,11 @@ def check_numbers(
         if fraction > 0.5 and g.numel() > 1
     ]
     if mostly:
-        warnings.warn(
+        warn(
+            ZeroHypergradientWarning,
             f"More than half of the entries of {', '.join(mostly)} received exactly zero from "
             f"{estimate.steps} inner steps. If each entry belongs to a training example, take "
             "the outer step after more inner steps, so that the window covers the data.",
-            ZeroHypergradientWarning,
-            stacklevel=3,
         )
     if not found:
         return "", zero
@@ -226,22 +228,9 @@ def _inverse(step: Tensor | None) -> str:
 def _negative(estimator: Estimator, found: Solution) -> str:
     return (
         f"{estimator} met negative curvature {float(found.curvature):.3g} in the inner Hessian "
-        f"after {int(found.num_steps)} steps and stopped at its last good iterate: the inner "
+        f"after {int(found.num_steps)} steps and stopped at its last good iterate (at a multiple "
+        "of ∂_y f if there was none): the inner "
         "problem is not at a minimum (deep networks often are not). Train the inner problem "
         "longer, add weight decay or damping=, use 'minres', which solves indefinite systems, "
         "or 'unrolled', which needs no stationarity. (Said once; reports keep saying it.)"
     )
-
-
-def only_once(seen: set[type], call: Any) -> Any:
-    """Run ``call`` and drop warnings of a class that was shown before."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = call()
-    for item in caught:
-        once = item.category in (NegativeCurvatureWarning, ZeroHypergradientWarning)
-        if once and item.category in seen:
-            continue
-        seen.add(item.category)
-        warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-    return result

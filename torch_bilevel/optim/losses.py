@@ -151,6 +151,9 @@ class Run:
                 return type(result)._make([loss, *rest])  # type: ignore[attr-defined]
             return type(result)([loss, *rest])
         result = copy.copy(result)
+        for name, value in list(vars(result).items()):
+            if isinstance(value, Tensor):
+                setattr(result, name, value.detach())
         result.loss = loss
         return result
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -108,7 +109,7 @@ class Recorder:
             live=lambda t: t in problem.inner or t in problem.outer,
             devices=problem.devices,
             device_types=problem.device_types,
-            keep_buffers=self.window.iterates,
+            keep_buffers=self.window.iterates or self.verify_next,
         )
         self._outer_grads = [tensor.grad for tensor in problem.outer.tensors]
         self._inside = True
@@ -239,12 +240,12 @@ class Recorder:
         if self.current is None:
             if not calls and all(p.grad is None for p in self._parameters()):
                 return  # a step without any gradient changes nothing
-            self.current = StepRecord(calls, self.window.count)
+            self.current = StepRecord(self._kept(calls), self.window.count)
             if self.verify_next:
                 self.to_verify = StepRecord(calls, self.window.count)
                 self.verify_next = False
         elif again:
-            self.current.calls, self.current.opaque = calls, True
+            self.current.calls, self.current.opaque = self._kept(calls), True
             if (
                 self.to_verify is not None
                 and self.to_verify.index == self.current.index
@@ -257,8 +258,10 @@ class Recorder:
                 "another inner optimizer has not stepped. With inner=[a, b] one inner step is "
                 "one step of each; call optimizer.step(), which steps all of them."
             )
-        else:
-            self.current.calls += calls
+        elif calls:
+            self.current.calls = self.current.calls + self._kept(calls)
+            if self.to_verify is not None and self.to_verify.index == self.current.index:
+                self.to_verify.calls = self.to_verify.calls + calls
         wants = self.window.wants_iterate()
         self.current.parts[index] = (
             take_part(optimizer, self.window.pool if wants else None)
@@ -267,10 +270,21 @@ class Recorder:
         )
         if self.to_verify is not None and self.to_verify.index == self.current.index:
             if index not in self.to_verify.parts:
-                self.to_verify.calls = self.current.calls
                 self.to_verify.parts[index] = take_part(
                     optimizer, Pool(), gradients=True, scale=fused_scale
                 )
+
+    def _kept(self, calls: list[WeightedCall]) -> list[WeightedCall]:
+        """The calls without buffer values, where the trajectory is not replayed.
+
+        Implicit estimators evaluate at the present point, buffers included.
+        """
+        if self.window.iterates:
+            return calls
+        return [
+            (replace(call, buffers=None) if call.buffers else call, weight)
+            for call, weight in calls
+        ]
 
     def _unscaled(self, fused_scale: Tensor | None) -> list[WeightedCall]:
         scale = fused_scale

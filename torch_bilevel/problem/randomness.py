@@ -68,6 +68,7 @@ class Randomness:
             random.setstate(self.python)
         if not _same_numpy(_numpy.read(), self.numpy):
             np.random.set_state(self.numpy[1])
+            _numpy.raw, _numpy.full = self.numpy
 
     def state_dict(self) -> dict[str, Any]:
         """The state in types that ``torch.load(weights_only=True)`` accepts."""

@@ -31,7 +31,8 @@ from .base import (
 class CG(Solver):
     """Conjugate gradients.
 
-    Needs: a symmetric A; stops at the last good iterate when it meets negative curvature.
+    Needs: a symmetric A. When it meets negative curvature it stops at the last good iterate;
+    from a zero start, where there is none, at the multiple of b it would have stepped to.
     Costs: one product a step (one more with a warm start) and four vectors. A host
     synchronisation a step unless ``rtol=0``.
 
@@ -68,6 +69,7 @@ class CG(Solver):
         # r = b − A x;  p: search direction;  alpha minimises the A-norm of the error along p
         x, r = start(operator, b, x0)
         p = r
+        cold = ~x.any()
         rr = torch.dot(r, r)
         target = self.rtol**2 * torch.dot(b, b)
         active = rr > target
@@ -87,9 +89,12 @@ class CG(Solver):
             stretch = torch.linalg.vector_norm(Ap) / pp.sqrt()
             scale = torch.where(active, torch.maximum(scale, stretch), scale)
             curvature = torch.where(active, pAp / pp, curvature)
-            negative = negative | (active & (curvature < -tiny * scale))
+            bad = active & (curvature < -tiny * scale)
+            negative = negative | bad
             active = active & (curvature > tiny * scale)
-            alpha = torch.where(active, rr / pAp, zero)
+            # Nothing to stop at yet: one step of length |α| along b, the T1–T2 answer.
+            stuck = bad & (steps == 0) & cold
+            alpha = torch.where(active | stuck, rr / pAp.abs(), zero)
             x = x + alpha * p
             r = r - alpha * Ap
             rr_next = torch.dot(r, r)

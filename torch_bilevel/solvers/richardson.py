@@ -110,7 +110,7 @@ def iterate(
     best, best_rr = x, torch.dot(r, r)
     rr = best_rr
     curvature = torch.zeros_like(rr)
-    steps = 0
+    steps, cold = 0, ~x.any()
     check = may_stop_early(b, rtol)
     for index in range(num_steps):
         if check and bool(rr <= target):
@@ -124,7 +124,7 @@ def iterate(
         curvature = torch.dot(r, Ar) / rr
         r = r - eta * Ar
         rr = torch.dot(r, r)
-        better = rr < best_rr
+        better = (rr < best_rr) | (cold & (index == 0))  # one step is better than none
         best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
     diverged = ~(rr <= torch.dot(b, b) * (1 + 1e-3))
     return solution(
