@@ -3,7 +3,9 @@
 Three fast paths of PyTorch have no second derivative: compiled functions (AOTAutograd), the fused
 kernels behind ``scaled_dot_product_attention``, and cuDNN's recurrent kernels. Inside
 `second_order` compiled functions run eagerly, attention uses its mathematical form and cuDNN's
-recurrent kernels are off; values agree with the fast paths up to rounding.
+recurrent kernels are off; values agree with the fast paths up to rounding. A fourth has a second
+derivative that is *wrong*: the fused ``torch._weight_norm`` treats the norm it saved as a constant
+(``gradgradcheck`` fails in torch 2.13); it is evaluated from its definition v·g/‖v‖ instead.
 
 The region is entered once per forward evaluation (about 25 µs), never per product.
 """
@@ -16,7 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["second_order"]
 
@@ -28,12 +32,30 @@ def uncompiled(function: F) -> F:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
+class _WeightNormByDefinition(TorchFunctionMode):
+    """w = g v/‖v‖ from differentiable operations."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 @contextlib.contextmanager
-def second_order(recurrent: bool = False) -> Iterator[None]:
+def second_order(
+    recurrent: bool = False, weight_norm: bool = False
+) -> Iterator[None]:
     """Make what is evaluated inside twice differentiable.
 
     Args:
         recurrent: the model contains an ``nn.RNNBase``; cuDNN is switched off for it.
+        weight_norm: the model contains weight normalisation.
 
     Example:
         >>> import torch, torch_bilevel as tb
@@ -50,4 +72,6 @@ def second_order(recurrent: bool = False) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent and torch.backends.cudnn.is_available():
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if weight_norm:
+            stack.enter_context(_WeightNormByDefinition())
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,15 @@ class ModuleSet:
     def recurrent(self) -> bool:
         """Whether one of them runs cuDNN's recurrent kernels."""
         return any(isinstance(m, nn.RNNBase) for m in self.members.values())
+
+    @property
+    def weight_norm(self) -> bool:
+        """Whether one of them is weight-normalised, in the new or the old way."""
+        return any(
+            type(m).__name__ == "_WeightNorm"
+            or any(type(h).__name__ == "WeightNorm" for h in m._forward_pre_hooks.values())
+            for m in self.members.values()
+        )
 
     def flags(self) -> Flags:
         """The training flag of every module."""
@@ -99,20 +109,31 @@ class ModuleSet:
                         before.append((member, member.training))
                         exchange(member)
 
-        handle = register_module_forward_pre_hook(on_forward) if watch else None
         try:
             for module in list(self.members.values()):
                 exchange(module)
             for module, training in flags or ():
                 module.training = training
-            yield
+            with _watching(on_forward) if watch else contextlib.nullcontext():
+                yield
         finally:
-            if handle is not None:
-                handle.remove()
             for module, name, buffer in exchanged:
                 module._buffers[name] = buffer
             for module, training in before:
                 module.training = training
+
+
+@contextlib.contextmanager
+def _watching(on_forward: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Call ``on_forward`` before every module's forward."""
+    handle = register_module_forward_pre_hook(on_forward)
+    try:
+        with warnings.catch_warnings():
+            # about global hooks and compiled modules, which run eagerly in here
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            yield
+    finally:
+        handle.remove()
 
 
 def _reachable(function: Callable[..., Any], arguments: tuple) -> list[nn.Module]:

@@ -81,7 +81,9 @@ class BilevelProblem:
             stack.enter_context(
                 self.modules.guarded(call.flags, call.buffers, watch=watch)
             )
-            stack.enter_context(second_order(self.modules.recurrent))
+            stack.enter_context(
+                second_order(self.modules.recurrent, self.modules.weight_norm)
+            )
             stack.enter_context(torch.enable_grad())
             for tensor in frozen:
                 stack.callback(tensor.requires_grad_, False)
