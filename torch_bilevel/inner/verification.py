@@ -123,14 +123,17 @@ def raise_mismatch(
             'torch.compile(model, options={"fallback_random": True}).'
         )
     if cosine > 1 - 1e-6 and norms[0] > 0:
-        hint = (
-            "A GradScaler scales the loss: pass grad_scaler=scaler."
-            if float(norms[1] / norms[0]) > 10
-            else "If the loop clips gradients, say so: "
-            "optimizer.gradient_transform(tb.clip_grad_norm(max_norm)). If it scales the "
-            "gradient after backward (accumulation, a GradScaler), scale the loss instead, or "
-            "pass grad_scaler=."
+        scaler = (
+            "If the loop uses a torch.amp.GradScaler, pass grad_scaler=scaler to the "
+            "BilevelOptimizer."
         )
+        clipping = (
+            "If it clips gradients, say so: "
+            "optimizer.gradient_transform(tb.clip_grad_norm(max_norm)). If it scales them after "
+            "backward (accumulation), scale the loss instead."
+        )
+        large = float(norms[0] / norms[1]) > 1000 or float(norms[1] / norms[0]) > 1000
+        hint = f"{scaler} {clipping}" if large else f"{clipping} {scaler}"
         if transform is not None:
             hint += (
                 " A gradient_transform is declared; it does not describe what happened."

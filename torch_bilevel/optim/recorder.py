@@ -158,19 +158,20 @@ class Recorder:
         task = torch._C._current_graph_task_id()
         self._outer_task = task
         if task == self._task:
-            self._outside(self.pending[-1][0].name if self.pending else "inner loss")
+            # While frozen it was not accumulated; only the hook ran.
+            self._outside(self.pending[-1][0].name, tensor)
 
-    def _outside(self, name: str) -> None:
+    def _outside(self, name: str, seen: Tensor | None = None) -> None:
         outer = self.problem().outer
         touched = []
         for tensor, before, label in zip(
             outer.tensors, self._outer_grads, outer.layout.names, strict=True
         ):
-            if tensor.grad is not before:
+            if tensor is seen or tensor.grad is not before:
                 touched.append(label)
                 tensor.grad = before
         raise OuterOutsideLoss(
-            f"The outer variable {', '.join(touched) or 'x'} received a gradient in the "
+            f"The outer variable {', '.join(touched)} received a gradient in the "
             f"backward of {name!r}: it enters the training objective outside the registered "
             "loss, as in (x * loss).backward(). The hypergradient could not see that. Move the "
             "whole expression into the function registered with @optimizer.inner_loss."

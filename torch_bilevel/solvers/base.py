@@ -8,7 +8,8 @@
 Laws, asserted by tests: the residual it reports is ‖b − A v‖/‖b‖; a start x0 that solves the
 system is returned unchanged; the start is never worse than zero; tolerances are relative to
 ‖b‖, because hypergradients near convergence have a tiny b and an absolute tolerance would
-silently return zero.
+silently return zero. A product that is not finite gives a solution that is not finite: NaN is
+never turned into a number.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class CG(Solver):
         zero = torch.zeros_like(rr)
         steps = torch.zeros((), dtype=torch.int64, device=b.device)
         negative = torch.zeros_like(active)
+        broken = torch.zeros_like(active)
         curvature, scale = zero, zero
         tiny = 10 * torch.finfo(b.dtype).eps
         check = may_stop_early(b, self.rtol)
@@ -89,6 +90,7 @@ class CG(Solver):
             stretch = torch.linalg.vector_norm(Ap) / pp.sqrt()
             scale = torch.where(active, torch.maximum(scale, stretch), scale)
             curvature = torch.where(active, pAp / pp, curvature)
+            broken = broken | (active & ~torch.isfinite(pAp))
             bad = active & (curvature < -tiny * scale)
             negative = negative | bad
             active = active & (curvature > tiny * scale)
@@ -104,7 +106,7 @@ class CG(Solver):
             steps = steps + active
             active = active & (rr > target)
         return solution(
-            x,
+            torch.where(broken, torch.nan, x),
             relative(r, b),
             num_steps=steps,
             converged=rr <= target,

@@ -76,7 +76,7 @@ class MINRES(Solver):
         v = torch.where(active, r / beta, zero)
         beta = zero
         c, s, delta, epsilon = -torch.ones_like(zero), zero, zero, zero
-        scale = zero
+        scale, broken = zero, torch.zeros_like(active)
         steps = torch.zeros((), dtype=torch.int64, device=b.device)
         tiny = 10 * torch.finfo(b.dtype).eps
         check = may_stop_early(b, self.rtol)
@@ -87,6 +87,7 @@ class MINRES(Solver):
             Av = operator(v)
             scale = torch.maximum(scale, torch.linalg.vector_norm(Av))
             alpha = torch.dot(v, Av)
+            broken = broken | (active & ~torch.isfinite(alpha))
             u = Av - alpha * v - beta * v_previous
             beta_next = torch.linalg.vector_norm(u)
             # the new column of T, rotated by the two previous Givens rotations
@@ -109,4 +110,5 @@ class MINRES(Solver):
             v_previous, v = v, torch.where(active, u / beta_next, zero)
             beta = beta_next
         residual = relative(phi.reshape(1), b)
+        x = torch.where(broken, torch.nan, x)
         return solution(x, residual, num_steps=steps, converged=phi <= target)

@@ -110,7 +110,7 @@ def iterate(
     best, best_rr = x, torch.dot(r, r)
     rr = best_rr
     curvature = torch.zeros_like(rr)
-    steps, cold = 0, ~x.any()
+    steps, cold, broken = 0, ~x.any(), torch.zeros_like(r, dtype=torch.bool).any()
     check = may_stop_early(b, rtol)
     for index in range(num_steps):
         if check and bool(rr <= target):
@@ -122,13 +122,15 @@ def iterate(
             break
         Ar = operator(r)
         curvature = torch.dot(r, Ar) / rr
+        if index == 0:
+            broken = ~torch.isfinite(curvature) & (rr > 0)
         r = r - eta * Ar
         rr = torch.dot(r, r)
         better = (rr < best_rr) | (cold & (index == 0))  # one step is better than none
         best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
-    diverged = ~(rr <= torch.dot(b, b) * (1 + 1e-3))
+    diverged = ~broken & ~(rr <= torch.dot(b, b) * (1 + 1e-3))
     return solution(
-        torch.where(diverged, best, x),
+        torch.where(broken, torch.nan, torch.where(diverged, best, x)),
         relative(torch.where(diverged, best_rr, rr).sqrt().reshape(1), b),
         num_steps=torch.tensor(steps, device=b.device),
         converged=rr <= target,

@@ -1,0 +1,613 @@
+"""What bad input gets: one table of (call, exception, message); the state is unchanged."""
+
+import inspect
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torch_bilevel as tb
+from problems import DataWeights, Quadratic, Ridge, flat
+
+SGD = torch.optim.SGD
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+class Setup:
+    """A ridge problem with one recorded step, to be broken in one way."""
+
+    def __init__(self, estimator="cg", steps=1, **options):
+        self.problem = Ridge()
+        self.w, self.lam = self.problem.w, self.problem.lam
+        self.optimizer = self.problem.optimizer(estimator=estimator, **options)
+        self.problem.steps(self.optimizer, steps)
+
+    def go(self):
+        return self.optimizer.outer_step()
+
+
+def plain(inner=None, outer=None, **options):
+    return tb.BilevelOptimizer(SGD([leaf(2)], lr=0.1) if inner is None else inner,
+                               SGD([leaf(2)], lr=0.1) if outer is None else outer, **options)
+
+
+# --- the rows: each is a function that must raise -------------------------------------------------
+
+
+def no_inner_loss():
+    optimizer = plain()
+    optimizer.outer_loss(lambda: leaf(1).sum())
+    optimizer.outer_step()
+
+
+def no_inner_loss_explicit():
+    y = leaf(2)
+    optimizer = plain(inner=SGD([y], lr=0.1))
+    valid = optimizer.outer_loss(lambda: y.sum())
+    valid().backward()
+
+
+def no_outer_loss():
+    plain().outer_step()
+
+
+def no_outer_data():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    setup.optimizer.outer_loss(lambda x: (x * setup.w).sum())
+    setup.go()
+
+
+def which_outer_loss():
+    setup = Setup()
+    setup.optimizer.outer_loss(lambda x: (x * setup.w).sum())
+    setup.optimizer.outer_step(torch.ones(6))
+
+
+def inner_loss_is_a_vector():
+    y = leaf(2)
+    plain(inner=SGD([y], lr=0.1)).inner_loss(lambda: y * 2)()
+
+
+def outer_loss_is_a_number():
+    setup = Setup()
+    setup.optimizer.outer_loss(lambda: 3.0)()
+
+
+def outer_loss_is_not_finite():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    setup.optimizer.outer_loss(lambda: (setup.w / 0).sum())
+    setup.go()
+
+
+def inner_loss_ignores_the_model():
+    y, x = leaf(2), leaf(2)
+    optimizer = tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([x], lr=0.1))
+    other = leaf(2)
+    train = optimizer.inner_loss(lambda: (x * other).sum())
+    optimizer.outer_loss(lambda: y.sum())
+    y.grad = torch.ones(2)
+    train().backward()
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def outer_loss_ignores_the_model():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    setup.optimizer.outer_loss(lambda: (setup.lam**2).sum())
+    setup.go()
+
+
+def outer_loss_has_no_graph():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    setup.optimizer.outer_loss(lambda: setup.w.detach().sum())
+    setup.go()
+
+
+def outer_variable_in_neither_loss():
+    problem = Ridge()
+    outer = SGD([problem.lam, leaf(4)], lr=0.1)
+    optimizer = problem.optimizer(outer=outer)
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+def no_inner_step():
+    problem = Ridge()
+    problem.optimizer().outer_step()
+
+
+def no_inner_step_after_an_outer_one():
+    setup = Setup()
+    setup.go()
+    setup.go()
+
+
+def batch_changed_in_place():
+    problem = DataWeights()
+    optimizer = problem.optimizer()
+    problem.steps(optimizer)
+    problem.batches[0][0].mul_(2)
+    optimizer.outer_step()
+
+
+def batch_changed_in_place_unrolled():
+    problem = DataWeights()
+    optimizer = problem.optimizer(estimator="unrolled")
+    problem.steps(optimizer)
+    problem.batches[0][0].mul_(2)
+    optimizer.outer_step()
+
+
+def negative_curvature_strict():
+    problem = Quadratic(A=torch.diag(torch.linspace(-1, 4, 11)))
+    optimizer = problem.optimizer(strict=True)
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+def neumann_diverges():
+    problem = Quadratic()
+    optimizer = problem.optimizer(estimator="neumann(num_steps=40, step_size=5.)")
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+def richardson_diverges():
+    problem = Quadratic()
+    optimizer = problem.optimizer(estimator="richardson(max_steps=40, step_size=5.)")
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+def product_is_not_finite(estimator="cg"):
+    y, x = torch.zeros(2, requires_grad=True), leaf(2)
+    optimizer = tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([x], lr=0.1), estimator=estimator)
+    train = optimizer.inner_loss(lambda: (x.exp() * (y**2 + y.abs() ** 1.5)).sum())
+    optimizer.outer_loss(lambda: (y - 1).pow(2).sum())
+    train().backward()
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def sparse_parameter():
+    plain(inner=SGD([torch.eye(3).to_sparse().requires_grad_()], lr=0.1))
+
+
+def complex_parameter():
+    plain(outer=SGD([torch.zeros(2, dtype=torch.cfloat, requires_grad=True)], lr=0.1))
+
+
+def expanded_parameter():
+    plain(outer=SGD([torch.zeros(1).expand(3).requires_grad_()], lr=0.1))
+
+
+def inference_parameter():
+    with torch.inference_mode():
+        tensor = torch.zeros(2)
+    optimizer = SGD([leaf(2)], lr=0.1)
+    optimizer.param_groups[0]["params"] = [tensor]
+    plain(inner=optimizer)
+
+
+def outer_data_exhausted():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    setup.optimizer.outer_loss(lambda x: (x * setup.w).sum(), data=iter([torch.ones(6)]))
+    setup.optimizer.hypergradient()
+    setup.go()
+
+
+def outer_data_empty():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    setup.optimizer.outer_loss(lambda x: (x * setup.w).sum(), data=[])
+    setup.go()
+
+
+def outer_data_is_a_number():
+    plain().outer_loss(lambda: 0, data=3)
+
+
+def all_batches_of_an_iterator():
+    plain().outer_loss(lambda: 0, data=iter([]), batches="all")
+
+
+def unknown_estimator():
+    plain(estimator="neuman")
+
+
+def unknown_option():
+    plain(estimator="cg(max_step=3)")
+
+
+def unreadable_estimator():
+    plain(estimator="cg(3)")
+
+
+def estimator_of_a_wrong_type():
+    plain(estimator=3)
+
+
+def bad_option_value():
+    plain(estimator="cg(max_steps=0)")
+
+
+def term_outside_the_loss(estimator="cg"):
+    problem = Ridge()
+    optimizer = problem.optimizer(estimator=estimator)
+    optimizer.zero_grad()
+    (problem.train() + 0.1 * problem.w.abs().sum()).backward()
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def term_outside_the_loss_unrolled():
+    term_outside_the_loss("unrolled")
+
+
+def clipping_not_declared(estimator="cg"):
+    problem = Ridge()
+    optimizer = problem.optimizer(estimator=estimator)
+    problem.train().backward()
+    torch.nn.utils.clip_grad_norm_(problem.y, 1e-2)
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def clipping_not_declared_unrolled():
+    clipping_not_declared("unrolled")
+
+
+def clipping_in_a_later_step_unrolled():
+    problem = Ridge()
+    optimizer = problem.optimizer(estimator="unrolled")
+    for k in range(3):
+        optimizer.zero_grad()
+        problem.train().backward()
+        if k == 1:
+            torch.nn.utils.clip_grad_norm_(problem.y, 1e-2)
+        optimizer.step()
+    optimizer.outer_step()
+
+
+def scaler_not_declared():
+    problem = Ridge()
+    optimizer = problem.optimizer()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(problem.train()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.outer_step()
+
+
+def step_without_a_registered_loss():
+    problem = Ridge()
+    optimizer = problem.optimizer()
+    problem.train_loss().backward()
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def outer_variable_outside_the_loss():
+    problem = Ridge()
+    problem.optimizer()
+    (problem.lam.sum() * problem.train()).backward()
+
+
+def outer_variable_outside_the_loss_in_a_sum():
+    problem = Ridge()
+    problem.optimizer()
+    (problem.train() + (problem.lam * problem.w).sum()).backward()
+
+
+def argument_carries_graph():
+    problem = DataWeights()
+    problem.optimizer()
+    X, t, index = problem.batches[0]
+    problem.train(X * problem.logits.exp()[:, None], t, index)
+
+
+def no_update_rule():
+    plain(inner=torch.optim.RMSprop([leaf(2)], lr=0.1), estimator="unrolled")
+
+
+def decay_of_an_unknown_optimizer():
+    plain(inner=torch.optim.RMSprop([leaf(2)], lr=0.1, weight_decay=0.1))
+
+
+def trajectory_too_long():
+    Setup("unrolled", steps=50, max_record_bytes=2000)
+
+
+def batches_too_large():
+    problem = DataWeights(batch=1)
+    problem.batches = [tuple(v.clone() for v in batch) for batch in problem.batches]
+    optimizer = problem.optimizer(max_record_bytes=500)
+    problem.steps(optimizer, 20)
+
+
+def unrolled_without_iterates():
+    setup = Setup("cg")
+    setup.optimizer.hypergradient(estimator="unrolled")
+
+
+def direct_too_large():
+    Setup("direct(max_bytes=100)").go()
+
+
+def inner_is_outer():
+    y = leaf(2)
+    tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([y], lr=0.1))
+
+
+def not_an_optimizer():
+    tb.BilevelOptimizer([leaf(2)], SGD([leaf(2)], lr=0.1))
+
+
+def no_inner_optimizer():
+    tb.BilevelOptimizer([], SGD([leaf(2)], lr=0.1))
+
+
+def nested():
+    plain(inner=plain())
+
+
+def bad_inner_steps():
+    plain(inner_steps=0)
+
+
+def bad_unused():
+    plain(unused="ignore")
+
+
+def no_second_derivative():
+    y, x = leaf(4, 3), leaf(5, 3)
+    optimizer = tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([x], lr=0.1))
+    train = optimizer.inner_loss(lambda: torch.cdist(y, x).sum())
+    optimizer.outer_loss(lambda: y.pow(2).sum())
+    train().backward()
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def linearization_at_another_point():
+    setup = Setup()
+    problem = setup.optimizer.problem
+    at = problem.linearize(setup.optimizer._recorder.window.steps()[0].calls)
+    with torch.no_grad():
+        setup.w.add_(1)
+    at.hvp(torch.ones(6))
+
+
+def linearization_after_an_invisible_move():
+    setup = Setup()
+    problem = setup.optimizer.problem
+    at = problem.linearize(setup.optimizer._recorder.window.steps()[0].calls)
+    with problem.inner.swapped():
+        problem.inner.overwrite([torch.zeros(6)])
+        at.hvp(torch.ones(6))
+
+
+def minimised_and_maximised():
+    a, b, x = leaf(2), leaf(2), leaf(2)
+    inner = SGD([{"params": [a]}, {"params": [b], "maximize": True}], lr=0.1)
+    optimizer = tb.BilevelOptimizer(inner, SGD([x], lr=0.1))
+    train = optimizer.inner_loss(lambda: (a**2 * x - b**2 + a * b).sum())
+    optimizer.outer_loss(lambda: (a + b).sum())
+    train().backward()
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def one_of_two_steps_twice():
+    a, b = leaf(2), leaf(2)
+    first, second = SGD([a], lr=0.1), SGD([b], lr=0.1)
+    optimizer = tb.BilevelOptimizer([first, second], SGD([leaf(2)], lr=0.1))
+    train = optimizer.inner_loss(lambda: (a * b).sum())
+    train().backward()
+    first.step()
+    first.step()
+
+
+def ambiguous_group():
+    optimizer = plain(inner=[SGD([leaf(2)], lr=0.1), SGD([leaf(2)], lr=0.1)])
+    optimizer.add_param_group({"params": [leaf(1)]})
+
+
+def rng_outside_the_recorded_ones():
+    problem = Ridge()
+    generator = torch.Generator()
+    own = problem.train_loss
+    problem.train_loss = lambda: own() * (1 + torch.rand((), generator=generator))
+    optimizer = problem.optimizer()
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+TABLE = [
+    (no_inner_loss, tb.LossNotRegistered, r"@optimizer\.inner_loss"),
+    (no_inner_loss_explicit, tb.LossNotRegistered, r"@optimizer\.inner_loss"),
+    (no_outer_loss, tb.LossNotRegistered, r"@optimizer\.outer_loss"),
+    (no_outer_data, tb.LossNotRegistered, r"outer_loss\(data=.*outer_step\(x, y\)"),
+    (which_outer_loss, tb.LossNotRegistered, r"2 outer losses.*loss="),
+    (inner_loss_is_a_vector, tb.InvalidLoss, r"shape \(2,\).*\.mean\(\)"),
+    (outer_loss_is_a_number, tb.InvalidLoss, r"'float'.*scalar tensor"),
+    (outer_loss_is_not_finite, tb.NonFinite, r"outer loss is (nan|inf|-inf).*learning rate"),
+    (inner_loss_ignores_the_model, tb.Disconnected, r"inner loss.*any inner parameter"),
+    (outer_loss_ignores_the_model, tb.Disconnected, r"outer loss.*any inner parameter"),
+    (outer_loss_has_no_graph, tb.Disconnected, r"no graph.*no_grad"),
+    (outer_variable_in_neither_loss, tb.UnusedOuter, r"outer\[1\].*unused='zero'"),
+    (no_inner_step, tb.NoInnerStep, r"No inner step.*paused"),
+    (no_inner_step_after_an_outer_one, tb.NoInnerStep, r"since the last outer step"),
+    (batch_changed_in_place, tb.BatchChanged, r"changed in place.*clone\(\)"),
+    (batch_changed_in_place_unrolled, tb.BatchChanged, r"changed in place.*clone\(\)"),
+    (negative_curvature_strict, tb.NegativeCurvature, r"curvature -.*minres.*unrolled"),
+    (neumann_diverges, tb.Diverged, r"λ_max.*about (3|4)\..*step_size=0\.2"),
+    (richardson_diverges, tb.Diverged, r"diverged.*step_size=0\.2.*cg"),
+    *(
+        (partial(product_is_not_finite, name), tb.NonFinite, r"hypergradient is not finite.*det")
+        for name in ("cg", "minres", "neumann", "richardson", "direct")
+    ),
+    (sparse_parameter, tb.UnsupportedParameter, r"inner parameter.*sparse.*dense"),
+    (complex_parameter, tb.UnsupportedParameter, r"outer parameter.*complex.*view_as_real"),
+    (expanded_parameter, tb.UnsupportedParameter, r"expanded.*clone\(\)"),
+    (inference_parameter, tb.UnsupportedParameter, r"inference-mode"),
+    (outer_data_exhausted, tb.OuterDataExhausted, r"iterator.*has ended.*DataLoader"),
+    (outer_data_empty, tb.OuterDataExhausted, r"is empty"),
+    (outer_data_is_a_number, tb.BilevelError, r"data=int.*iterable"),
+    (all_batches_of_an_iterator, tb.BilevelError, r"iterated again"),
+    (unknown_estimator, tb.UnknownName, r"'neuman'. Did you mean 'neumann'"),
+    (unknown_option, tb.UnknownName, r"no option 'max_step'. Did you mean 'max_steps'"),
+    (unreadable_estimator, tb.UnknownName, r"name=value.*max_steps=20"),
+    (estimator_of_a_wrong_type, tb.UnknownName, r"estimator=3"),
+    (bad_option_value, ValueError, r"max_steps=0.*whole number"),
+    (term_outside_the_loss, tb.UnregisteredTerm, r"not parallel.*registered inner loss"),
+    (term_outside_the_loss_unrolled, tb.UnregisteredTerm, r"not parallel"),
+    (clipping_not_declared, tb.ReplayMismatch, r"parallel.*tb\.clip_grad_norm"),
+    (clipping_not_declared_unrolled, tb.ReplayMismatch, r"parallel.*tb\.clip_grad_norm"),
+    (clipping_in_a_later_step_unrolled, tb.ReplayMismatch, r"step 1.*gradient_transform"),
+    (scaler_not_declared, tb.ReplayMismatch, r"parallel.*grad_scaler=scaler"),
+    (step_without_a_registered_loss, tb.UnregisteredTerm, r"no call.*paused\(\)"),
+    (outer_variable_outside_the_loss, tb.OuterOutsideLoss, r"outer\[0\].*whole expression"),
+    (outer_variable_outside_the_loss_in_a_sum, tb.OuterOutsideLoss, r"outer\[0\]"),
+    (argument_carries_graph, tb.ArgumentCarriesGraph, r"MulBackward0.*inside the registered"),
+    (no_update_rule, tb.NoUpdateRule, r"RMSprop.*'cg'.*stationarity"),
+    (decay_of_an_unknown_optimizer, tb.NoUpdateRule, r"weight_decay=0\.1"),
+    (trajectory_too_long, tb.TrajectoryTooLong, r"MiB a step.*checkpoint_every"),
+    (batches_too_large, tb.TrajectoryTooLong, r"max_record_bytes"),
+    (unrolled_without_iterates, tb.NoInnerStep, r"keeps no iterates"),
+    (direct_too_large, tb.SolverLimit, r"6 × 6 matrix.*max_bytes"),
+    (inner_is_outer, tb.BilevelError, r"both the inner and the outer"),
+    (not_an_optimizer, TypeError, r"inner= must be a torch\.optim optimizer, got Tensor"),
+    (no_inner_optimizer, TypeError, r"empty list"),
+    (nested, TypeError, r"itself a BilevelOptimizer"),
+    (bad_inner_steps, ValueError, r"inner_steps=0"),
+    (bad_unused, ValueError, r"'error' or 'zero'"),
+    (no_second_derivative, tb.NoSecondDerivative, r"cdist.*expanded square"),
+    (linearization_at_another_point, tb.StalePoint, r"another point"),
+    (linearization_after_an_invisible_move, tb.StalePoint, r"another point"),
+    (minimised_and_maximised, tb.NonSymmetricSystem, r"'direct'"),
+    (one_of_two_steps_twice, tb.BilevelError, r"stepped twice.*optimizer\.step\(\)"),
+    (ambiguous_group, tb.BilevelError, r"ambiguous.*inner\[i\]"),
+    (rng_outside_the_recorded_ones, tb.ReplayMismatch, r"parallel"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", TABLE, ids=lambda v: getattr(v, "__name__", ""))
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match="(?s)" + message) as caught:
+        call()
+    assert caught.type is error or not issubclass(error, tb.BilevelError)
+
+
+def test_every_error_is_in_the_table_or_tested_elsewhere():
+    elsewhere = {"OpaqueStep", "BilevelError"}  # test_loop.py; the base class
+    classes = {
+        name
+        for name, value in vars(tb.errors).items()
+        if inspect.isclass(value) and issubclass(value, tb.BilevelError)
+    }
+    assert classes - elsewhere == {e.__name__ for _, e, _ in TABLE} & (classes - elsewhere)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [outer_variable_in_neither_loss, negative_curvature_strict, neumann_diverges,
+     clipping_not_declared, term_outside_the_loss_unrolled, product_is_not_finite],
+    ids=lambda c: c.__name__,
+)
+def test_nothing_is_half_stepped(call, monkeypatch):
+    """The outer optimizer does not step and the outer gradient stays empty."""
+    stepped = []
+    original = tb.BilevelOptimizer.__init__
+
+    def watched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.outer.register_step_post_hook(lambda *_: stepped.append(1))
+        stepped.append(self)
+
+    monkeypatch.setattr(tb.BilevelOptimizer, "__init__", watched)
+    with pytest.raises(tb.BilevelError):
+        call()
+    (optimizer,) = stepped
+    assert all(p.grad is None for g in optimizer.outer.param_groups for p in g["params"])
+    assert optimizer.outer_steps == 0 and len(optimizer._recorder.window) == 1
+
+
+def test_outer_outside_loss_does_not_pollute():
+    problem = Ridge()
+    optimizer = problem.optimizer()
+    for expression in (
+        lambda: problem.lam.sum() * problem.train(),
+        lambda: problem.train() + (problem.lam * problem.w).sum(),
+    ):
+        with pytest.raises(tb.OuterOutsideLoss):
+            expression().backward()
+        assert problem.lam.grad is None
+        optimizer.zero_grad()
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+def test_unused_zero():
+    problem = Ridge()
+    extra = leaf(4)
+    optimizer = problem.optimizer(outer=SGD([problem.lam, extra], lr=0.1), unused="zero")
+    problem.steps(optimizer)
+    with pytest.warns(tb.ZeroHypergradientWarning, match=r"outer\[1\]"):
+        optimizer.outer_step()
+    assert torch.equal(extra.grad, torch.zeros(4))
+
+
+@pytest.mark.parametrize("estimator", ["cg", "neumann", "richardson"])
+def test_negative_curvature_warns_once_and_goes_on(estimator):
+    problem = Quadratic(A=torch.diag(torch.linspace(-1, 4, 11)))
+    optimizer = problem.optimizer(estimator=estimator)
+    problem.steps(optimizer)
+    with pytest.warns(tb.NegativeCurvatureWarning, match="negative curvature -.*damping"):
+        optimizer.outer_step()
+    assert optimizer.last_report.status == "negative curvature"
+    assert all(torch.isfinite(x).all() for x in problem.x)
+    problem.steps(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.outer_step()
+    assert "negative curvature" in str(optimizer.last_report)
+
+
+def test_an_automatic_step_size_recovers_when_the_curvature_grows():
+    """λ̂ from the first use is stale; the divergence is seen and λ̂ estimated again."""
+    problem = Quadratic()
+    optimizer = problem.optimizer(estimator="richardson(max_steps=500, rtol=1e-10)")
+    problem.solve()
+    problem.steps(optimizer)
+    optimizer.outer_step()
+    problem.A *= 30
+    problem.solve()
+    problem.steps(optimizer)
+    found = problem.hypergradient(optimizer)
+    torch.testing.assert_close(found, problem.exact(), rtol=1e-7, atol=1e-8)
+
+
+def test_a_loss_that_raises_is_the_users_own_error():
+    problem = Ridge()
+    optimizer = problem.optimizer()
+    problem.steps(optimizer)
+
+    def broken():
+        raise KeyError("mine")
+
+    optimizer.outer_losses.clear()
+    optimizer.outer_loss(broken)
+    with pytest.raises(KeyError, match="mine"):
+        optimizer.outer_step()
+    assert problem.lam.requires_grad and F is not None and flat(problem.x).requires_grad
