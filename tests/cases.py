@@ -45,12 +45,16 @@ RULES = [
     ]
 ]
 RULES += [
-    (kind, {"lr": 0.02, **options}) for kind in (ADAM, ADAMW) for options in ADAM_OPTIONS
+    (kind, {"lr": 0.02, **options})
+    for kind in (ADAM, ADAMW)
+    for options in ADAM_OPTIONS
 ]
 RULES += [(ADAM, {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True})]
 
 
 def rule_id(case):
     kind, options = case
-    inside = ",".join(f"{k}={v}" for k, v in options.items() if k != "lr" or torch.is_tensor(v))
+    inside = ",".join(
+        f"{k}={v}" for k, v in options.items() if k != "lr" or torch.is_tensor(v)
+    )
     return f"{kind.__name__}({inside})"

@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, max_examples=25
+)
 settings.load_profile("repeatable")
 
 

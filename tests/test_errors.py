@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import DataWeights, Quadratic, Ridge, flat
 
 import torch_bilevel as tb
-from problems import DataWeights, Quadratic, Ridge, flat
 
 SGD = torch.optim.SGD
 
@@ -32,8 +32,11 @@ class Setup:
 
 
 def plain(inner=None, outer=None, **options):
-    return tb.BilevelOptimizer(SGD([leaf(2)], lr=0.1) if inner is None else inner,
-                               SGD([leaf(2)], lr=0.1) if outer is None else outer, **options)
+    return tb.BilevelOptimizer(
+        SGD([leaf(2)], lr=0.1) if inner is None else inner,
+        SGD([leaf(2)], lr=0.1) if outer is None else outer,
+        **options,
+    )
 
 
 # --- the rows: each is a function that must raise -------------------------------------------------
@@ -170,7 +173,9 @@ def richardson_diverges():
 
 def product_is_not_finite(estimator="cg"):
     y, x = torch.zeros(2, requires_grad=True), leaf(2)
-    optimizer = tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([x], lr=0.1), estimator=estimator)
+    optimizer = tb.BilevelOptimizer(
+        SGD([y], lr=0.1), SGD([x], lr=0.1), estimator=estimator
+    )
     train = optimizer.inner_loss(lambda: (x.exp() * (y**2 + y.abs() ** 1.5)).sum())
     optimizer.outer_loss(lambda: (y - 1).pow(2).sum())
     train().backward()
@@ -201,7 +206,9 @@ def inference_parameter():
 def outer_data_exhausted():
     setup = Setup()
     setup.optimizer.outer_losses.clear()
-    setup.optimizer.outer_loss(lambda x: (x * setup.w).sum(), data=iter([torch.ones(6)]))
+    setup.optimizer.outer_loss(
+        lambda x: (x * setup.w).sum(), data=iter([torch.ones(6)])
+    )
     setup.optimizer.hypergradient()
     setup.go()
 
@@ -441,7 +448,11 @@ TABLE = [
     (which_outer_loss, tb.LossNotRegistered, r"2 outer losses.*loss="),
     (inner_loss_is_a_vector, tb.InvalidLoss, r"shape \(2,\).*\.mean\(\)"),
     (outer_loss_is_a_number, tb.InvalidLoss, r"'float'.*scalar tensor"),
-    (outer_loss_is_not_finite, tb.NonFinite, r"outer loss is (nan|inf|-inf).*learning rate"),
+    (
+        outer_loss_is_not_finite,
+        tb.NonFinite,
+        r"outer loss is (nan|inf|-inf).*learning rate",
+    ),
     (inner_loss_ignores_the_model, tb.Disconnected, r"inner loss.*any inner parameter"),
     (outer_loss_ignores_the_model, tb.Disconnected, r"outer loss.*any inner parameter"),
     (outer_loss_has_no_graph, tb.Disconnected, r"no graph.*no_grad"),
@@ -454,11 +465,19 @@ TABLE = [
     (neumann_diverges, tb.Diverged, r"λ_max.*about (3|4)\..*step_size=0\.2"),
     (richardson_diverges, tb.Diverged, r"diverged.*step_size=0\.2.*cg"),
     *(
-        (partial(product_is_not_finite, name), tb.NonFinite, r"hypergradient is not finite.*det")
+        (
+            partial(product_is_not_finite, name),
+            tb.NonFinite,
+            r"hypergradient is not finite.*det",
+        )
         for name in ("cg", "minres", "neumann", "richardson", "direct")
     ),
     (sparse_parameter, tb.UnsupportedParameter, r"inner parameter.*sparse.*dense"),
-    (complex_parameter, tb.UnsupportedParameter, r"outer parameter.*complex.*view_as_real"),
+    (
+        complex_parameter,
+        tb.UnsupportedParameter,
+        r"outer parameter.*complex.*view_as_real",
+    ),
     (expanded_parameter, tb.UnsupportedParameter, r"expanded.*clone\(\)"),
     (inference_parameter, tb.UnsupportedParameter, r"inference-mode"),
     (outer_data_exhausted, tb.OuterDataExhausted, r"iterator.*has ended.*DataLoader"),
@@ -470,16 +489,36 @@ TABLE = [
     (unreadable_estimator, tb.UnknownName, r"name=value.*max_steps=20"),
     (estimator_of_a_wrong_type, tb.UnknownName, r"estimator=3"),
     (bad_option_value, ValueError, r"max_steps=0.*whole number"),
-    (term_outside_the_loss, tb.UnregisteredTerm, r"not parallel.*registered inner loss"),
+    (
+        term_outside_the_loss,
+        tb.UnregisteredTerm,
+        r"not parallel.*registered inner loss",
+    ),
     (term_outside_the_loss_unrolled, tb.UnregisteredTerm, r"not parallel"),
     (clipping_not_declared, tb.ReplayMismatch, r"parallel.*tb\.clip_grad_norm"),
-    (clipping_not_declared_unrolled, tb.ReplayMismatch, r"parallel.*tb\.clip_grad_norm"),
-    (clipping_in_a_later_step_unrolled, tb.ReplayMismatch, r"step 1.*gradient_transform"),
+    (
+        clipping_not_declared_unrolled,
+        tb.ReplayMismatch,
+        r"parallel.*tb\.clip_grad_norm",
+    ),
+    (
+        clipping_in_a_later_step_unrolled,
+        tb.ReplayMismatch,
+        r"step 1.*gradient_transform",
+    ),
     (scaler_not_declared, tb.ReplayMismatch, r"parallel.*grad_scaler=scaler"),
     (step_without_a_registered_loss, tb.UnregisteredTerm, r"no call.*paused\(\)"),
-    (outer_variable_outside_the_loss, tb.OuterOutsideLoss, r"outer\[0\].*whole expression"),
+    (
+        outer_variable_outside_the_loss,
+        tb.OuterOutsideLoss,
+        r"outer\[0\].*whole expression",
+    ),
     (outer_variable_outside_the_loss_in_a_sum, tb.OuterOutsideLoss, r"outer\[0\]"),
-    (argument_carries_graph, tb.ArgumentCarriesGraph, r"MulBackward0.*inside the registered"),
+    (
+        argument_carries_graph,
+        tb.ArgumentCarriesGraph,
+        r"MulBackward0.*inside the registered",
+    ),
     (no_update_rule, tb.NoUpdateRule, r"RMSprop.*'cg'.*stationarity"),
     (decay_of_an_unknown_optimizer, tb.NoUpdateRule, r"weight_decay=0\.1"),
     (trajectory_too_long, tb.TrajectoryTooLong, r"MiB a step.*checkpoint_every"),
@@ -487,7 +526,11 @@ TABLE = [
     (unrolled_without_iterates, tb.NoInnerStep, r"keeps no iterates"),
     (direct_too_large, tb.SolverLimit, r"6 × 6 matrix.*max_bytes"),
     (inner_is_outer, tb.BilevelError, r"both the inner and the outer"),
-    (not_an_optimizer, TypeError, r"inner= must be a torch\.optim optimizer, got Tensor"),
+    (
+        not_an_optimizer,
+        TypeError,
+        r"inner= must be a torch\.optim optimizer, got Tensor",
+    ),
     (no_inner_optimizer, TypeError, r"empty list"),
     (nested, TypeError, r"itself a BilevelOptimizer"),
     (bad_inner_steps, ValueError, r"inner_steps=0"),
@@ -502,7 +545,9 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("call, error, message", TABLE, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    "call, error, message", TABLE, ids=lambda v: getattr(v, "__name__", "")
+)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match="(?s)" + message) as caught:
         call()
@@ -516,13 +561,21 @@ def test_every_error_is_in_the_table_or_tested_elsewhere():
         for name, value in vars(tb.errors).items()
         if inspect.isclass(value) and issubclass(value, tb.BilevelError)
     }
-    assert classes - elsewhere == {e.__name__ for _, e, _ in TABLE} & (classes - elsewhere)
+    assert classes - elsewhere == {e.__name__ for _, e, _ in TABLE} & (
+        classes - elsewhere
+    )
 
 
 @pytest.mark.parametrize(
     "call",
-    [outer_variable_in_neither_loss, negative_curvature_strict, neumann_diverges,
-     clipping_not_declared, term_outside_the_loss_unrolled, product_is_not_finite],
+    [
+        outer_variable_in_neither_loss,
+        negative_curvature_strict,
+        neumann_diverges,
+        clipping_not_declared,
+        term_outside_the_loss_unrolled,
+        product_is_not_finite,
+    ],
     ids=lambda c: c.__name__,
 )
 def test_nothing_is_half_stepped(call, monkeypatch):
@@ -539,7 +592,9 @@ def test_nothing_is_half_stepped(call, monkeypatch):
     with pytest.raises(tb.BilevelError):
         call()
     (optimizer,) = stepped
-    assert all(p.grad is None for g in optimizer.outer.param_groups for p in g["params"])
+    assert all(
+        p.grad is None for g in optimizer.outer.param_groups for p in g["params"]
+    )
     assert optimizer.outer_steps == 0 and len(optimizer._recorder.window) == 1
 
 
@@ -561,7 +616,9 @@ def test_outer_outside_loss_does_not_pollute():
 def test_unused_zero():
     problem = Ridge()
     extra = leaf(4)
-    optimizer = problem.optimizer(outer=SGD([problem.lam, extra], lr=0.1), unused="zero")
+    optimizer = problem.optimizer(
+        outer=SGD([problem.lam, extra], lr=0.1), unused="zero"
+    )
     problem.steps(optimizer)
     with pytest.warns(tb.ZeroHypergradientWarning, match=r"outer\[1\]"):
         optimizer.outer_step()
@@ -573,7 +630,9 @@ def test_negative_curvature_warns_once_and_goes_on(estimator):
     problem = Quadratic(A=torch.diag(torch.linspace(-1, 4, 11)))
     optimizer = problem.optimizer(estimator=estimator)
     problem.steps(optimizer)
-    with pytest.warns(tb.NegativeCurvatureWarning, match="negative curvature -.*damping"):
+    with pytest.warns(
+        tb.NegativeCurvatureWarning, match="negative curvature -.*damping"
+    ):
         optimizer.outer_step()
     assert optimizer.last_report.status == "negative curvature"
     assert all(torch.isfinite(x).all() for x in problem.x)

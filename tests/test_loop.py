@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import DataWeights, Quadratic, flat
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_bilevel as tb
-from problems import DataWeights, Quadratic, flat
 
 NAMES = ["cg", "neumann", "richardson", "minres", "direct", "identity", "unrolled"]
 
@@ -83,7 +83,9 @@ class Cleaning:
         self.weights = torch.randn(24).requires_grad_()
         self.X, self.t = torch.randn(24, 5), torch.randint(0, 3, (24,))
         self.Xv, self.tv = torch.randn(15, 5), torch.randint(0, 3, (15,))
-        make = inner or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05))
+        make = inner or (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05)
+        )
         self.inner = make(self.model.parameters())
         self.optimizer = tb.BilevelOptimizer(
             self.inner,
@@ -96,7 +98,9 @@ class Cleaning:
         self.valid = self.optimizer.outer_loss(self.valid_loss)
 
     def train_loss(self, index, scale=1.0):
-        losses = F.cross_entropy(self.model(self.X[index]), self.t[index], reduction="none")
+        losses = F.cross_entropy(
+            self.model(self.X[index]), self.t[index], reduction="none"
+        )
         return scale * (self.weights[index].sigmoid() * losses).mean()
 
     def valid_loss(self):
@@ -121,7 +125,9 @@ def reference(estimator, inner=None, num_steps=4, prepare=None):
     return case
 
 
-BOTH = pytest.mark.parametrize("estimator", ["cg(max_steps=60, rtol=1e-12)", "unrolled"])
+BOTH = pytest.mark.parametrize(
+    "estimator", ["cg(max_steps=60, rtol=1e-12)", "unrolled"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +161,9 @@ def test_step_with_a_closure(estimator):
             loss.backward()
             return loss
 
-        loss = case.optimizer.step(closure) if k % 2 else case.inner.step(closure=closure)
+        loss = (
+            case.optimizer.step(closure) if k % 2 else case.inner.step(closure=closure)
+        )
         assert loss is not None
     assert torch.equal(case.gradient(), expected)
 
@@ -269,7 +277,9 @@ def test_autocast_bfloat16(estimator):
     torch.set_default_dtype(torch.float32)
 
     def run(enabled):
-        case = Cleaning(estimator, inner=lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.2))
+        case = Cleaning(
+            estimator, inner=lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.2)
+        )
         for k in range(4):
             case.optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -290,7 +300,9 @@ def test_autocast_bfloat16(estimator):
 @BOTH
 def test_grad_scaler_with_one_forced_overflow(estimator, through, fused):
     def make(parameters):
-        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.05, fused=fused)
+        return torch.optim.SGD(
+            parameters, lr=0.1, momentum=0.9, weight_decay=0.05, fused=fused
+        )
 
     expected = reference(estimator, make).gradient()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -354,8 +366,12 @@ def test_arguments_are_shallow_copied_and_popped_freely():
 def test_an_outer_parameter_may_be_an_argument():
     case = Cleaning("cg")
     train = case.optimizer.inner_loss(
-        lambda w, index: (w[index].exp() * F.cross_entropy(
-            case.model(case.X[index]), case.t[index], reduction="none")).mean()
+        lambda w, index: (
+            w[index].exp()
+            * F.cross_entropy(
+                case.model(case.X[index]), case.t[index], reduction="none"
+            )
+        ).mean()
     )
     train(case.weights, case.batches(0)).backward()
     case.optimizer.step()
@@ -367,7 +383,9 @@ def test_an_outer_parameter_may_be_an_argument():
 def test_lbfgs_steps_are_opaque():
     """The closure runs many times: implicit uses the last call, unrolled refuses."""
     problem = Quadratic()
-    inner = torch.optim.LBFGS(problem.y, max_iter=50, tolerance_grad=1e-14, tolerance_change=1e-16)
+    inner = torch.optim.LBFGS(
+        problem.y, max_iter=50, tolerance_grad=1e-14, tolerance_change=1e-16
+    )
     optimizer = problem.optimizer(inner=inner, estimator="cg(max_steps=40, rtol=1e-12)")
 
     def closure():
@@ -410,7 +428,9 @@ def test_a_step_that_runs_its_closure_twice_cannot_be_unrolled():
 
 def test_records_never_cross_an_outer_step():
     problem = Quadratic()
-    optimizer = problem.optimizer(estimator="unrolled", outer=torch.optim.SGD(problem.x, lr=0.0))
+    optimizer = problem.optimizer(
+        estimator="unrolled", outer=torch.optim.SGD(problem.x, lr=0.0)
+    )
     problem.steps(optimizer, 5)
     optimizer.outer_step()
     problem.steps(optimizer, 2)
@@ -451,8 +471,10 @@ def test_warm_start_saves_products_on_a_slowly_moving_problem():
     assert products(True) < products(False)
 
 
-@pytest.mark.parametrize("options", ["window=3", "checkpoint_every=3", "checkpoint_every=4, window=5",
-                                     "offload='cpu'"])
+@pytest.mark.parametrize(
+    "options",
+    ["window=3", "checkpoint_every=3", "checkpoint_every=4, window=5", "offload='cpu'"],
+)
 def test_ways_to_keep_fewer_iterates(options):
     full = reference("unrolled", num_steps=9)
     expected = full.gradient()
@@ -467,7 +489,9 @@ def test_ways_to_keep_fewer_iterates(options):
     else:
         assert torch.equal(found, expected)
     kept = sum(r.has_iterate for r in case.optimizer._recorder.window)
-    assert kept == {"window=3": 3, "checkpoint_every=3": 3, "offload='cpu'": 9}.get(options, 2)
+    assert kept == {"window=3": 3, "checkpoint_every=3": 3, "offload='cpu'": 9}.get(
+        options, 2
+    )
 
 
 def test_a_window_is_a_truncation():
@@ -507,7 +531,9 @@ def test_memory_is_flat_over_a_thousand_outer_steps():
         problem.steps(optimizer, 1)
         if k in (200, 1999):
             gc.collect()
-            counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+            counts.append(
+                sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+            )
     assert optimizer.outer_steps == 1000
     assert counts[1] <= counts[0] + 5
 
@@ -520,7 +546,10 @@ def test_it_is_an_optimizer_whose_groups_are_the_inner_ones():
     optimizer = case.optimizer
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.param_groups[0] is case.inner.param_groups[0]
-    assert optimizer.state is case.inner.state and optimizer.defaults is case.inner.defaults
+    assert (
+        optimizer.state is case.inner.state
+        and optimizer.defaults is case.inner.defaults
+    )
     case.inner.load_state_dict(case.inner.state_dict())
     assert optimizer.param_groups[0] is case.inner.param_groups[0]
     for function in (copy.copy, copy.deepcopy):
@@ -539,7 +568,9 @@ def test_added_parameter_groups_are_followed():
     extra = torch.zeros(3, requires_grad=True)
     case.optimizer.add_param_group({"params": [extra], "lr": 0.3})
     train = case.optimizer.inner_loss(
-        lambda index: case.train_loss(index) + ((extra - case.weights[index][:3]) ** 2).sum()
+        lambda index: (
+            case.train_loss(index) + ((extra - case.weights[index][:3]) ** 2).sum()
+        )
     )
     outer = case.optimizer.outer_loss(lambda: case.valid_loss() + extra.sum())
     for k in range(3):
@@ -552,7 +583,10 @@ def test_added_parameter_groups_are_followed():
 def test_remove_takes_every_hook_off():
     case = Cleaning("cg")
     case.optimizer.remove()
-    assert not case.inner._optimizer_step_pre_hooks and not case.inner._optimizer_step_post_hooks
+    assert (
+        not case.inner._optimizer_step_pre_hooks
+        and not case.inner._optimizer_step_post_hooks
+    )
     assert not case.optimizer.outer._optimizer_step_post_hooks
     assert not case.weights._post_accumulate_grad_hooks
 
@@ -564,7 +598,9 @@ def test_outer_step_hooks_and_reports():
     case.optimizer.outer_losses.clear()
     case.optimizer.outer_loss(case.valid_loss)
     seen = []
-    handle = case.optimizer.register_outer_step_post_hook(lambda o, r: seen.append((o, r)))
+    handle = case.optimizer.register_outer_step_post_hook(
+        lambda o, r: seen.append((o, r))
+    )
     for k in range(4):
         case.optimizer.zero_grad()
         case.train(case.batches(k)).backward()
@@ -596,7 +632,9 @@ def test_explain():
     ):
         assert part in text, part
     case.optimizer.estimator = "unrolled(window=5)"
-    assert "last 5 steps" in case.optimizer.explain() and "sgd" in case.optimizer.explain()
+    assert (
+        "last 5 steps" in case.optimizer.explain() and "sgd" in case.optimizer.explain()
+    )
 
 
 def test_outer_data_iterables_iterators_and_callables():

@@ -26,7 +26,9 @@ class Attention(nn.Module):
 
     def __init__(self, dropout=0.0):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=dropout, batch_first=True
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -39,7 +41,11 @@ class Plain(nn.Module):
     def __init__(self, dropout=0.3):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(32, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(dropout),
+            nn.Flatten(),
+            nn.Linear(32, 6),
+            nn.BatchNorm1d(6),
+            nn.Tanh(),
+            nn.Dropout(dropout),
             nn.Linear(6, 3),
         )
 
@@ -47,7 +53,9 @@ class Plain(nn.Module):
         return self.body(x)
 
 
-def hypergradient(model, estimator, wrap=lambda m: m, num_steps=3, dtype=torch.float64, **options):
+def hypergradient(
+    model, estimator, wrap=lambda m: m, num_steps=3, dtype=torch.float64, **options
+):
     torch.manual_seed(1)
     model = model().to(dtype)
     X, t = torch.randn(12, 4, 8, dtype=dtype), torch.randint(0, 3, (12,))
@@ -55,7 +63,11 @@ def hypergradient(model, estimator, wrap=lambda m: m, num_steps=3, dtype=torch.f
     called = wrap(model)
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     optimizer = tb.BilevelOptimizer(
-        inner, torch.optim.SGD([lam], lr=1.0), modules=called, estimator=estimator, **options
+        inner,
+        torch.optim.SGD([lam], lr=1.0),
+        modules=called,
+        estimator=estimator,
+        **options,
     )
 
     @optimizer.inner_loss
@@ -71,7 +83,11 @@ def hypergradient(model, estimator, wrap=lambda m: m, num_steps=3, dtype=torch.f
         optimizer.zero_grad()
         train_loss(X, t).backward()
         optimizer.step()
-    return optimizer.hypergradient(X.flip(0), t.flip(0))[0], optimizer, (X.flip(0), t.flip(0))
+    return (
+        optimizer.hypergradient(X.flip(0), t.flip(0))[0],
+        optimizer,
+        (X.flip(0), t.flip(0)),
+    )
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -88,7 +104,9 @@ def test_attention_equals_math_attention(estimator, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("model", [Attention, lambda: Plain(0.0)], ids=["attention", "batchnorm"])
+@pytest.mark.parametrize(
+    "model", [Attention, lambda: Plain(0.0)], ids=["attention", "batchnorm"]
+)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_compiled_model_equals_the_same_uncompiled(estimator, model, dtype):
     """aot_eager runs the whole of AOTAutograd, which is what has no double backward."""
@@ -130,7 +148,9 @@ def test_inductor_with_dropout_names_fallback_random():
     assert float((found - expected).norm() / expected.norm()) < 1e-10
 
 
-@pytest.mark.parametrize("model", [Plain, lambda: Attention(0.2)], ids=["plain", "attention"])
+@pytest.mark.parametrize(
+    "model", [Plain, lambda: Attention(0.2)], ids=["plain", "attention"]
+)
 def test_dropout_and_batchnorm_equal_finite_differences(model):
     _, optimizer, batch = hypergradient(model, "unrolled")
     with sdpa_kernel(SDPBackend.MATH):
@@ -143,7 +163,9 @@ def test_compiled_losses_and_a_compiled_training_step():
     w, lam = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     A, b = torch.randn(8, 3), torch.randn(8)
     optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([w], lr=0.1), torch.optim.SGD([lam], lr=0.1), estimator="unrolled"
+        torch.optim.SGD([w], lr=0.1),
+        torch.optim.SGD([lam], lr=0.1),
+        estimator="unrolled",
     )
 
     @optimizer.inner_loss
@@ -250,9 +272,13 @@ def test_unusual_modules_equal_finite_differences(model):
 
 
 def test_bfloat16_parameters_get_float32_vectors():
-    found, optimizer, _ = hypergradient(lambda: Plain(0.0), "cg(max_steps=3)", dtype=torch.bfloat16)
+    found, optimizer, _ = hypergradient(
+        lambda: Plain(0.0), "cg(max_steps=3)", dtype=torch.bfloat16
+    )
     assert optimizer.problem.inner.layout.dtype == torch.float32
-    expected, *_ = hypergradient(lambda: Plain(0.0), "cg(max_steps=3)", dtype=torch.float32)
+    expected, *_ = hypergradient(
+        lambda: Plain(0.0), "cg(max_steps=3)", dtype=torch.float32
+    )
     assert found.dtype == torch.bfloat16 and torch.isfinite(found).all()
     assert float((found - expected).norm() / expected.norm()) < 0.2
     unrolled, *_ = hypergradient(lambda: Plain(0.0), "unrolled", dtype=torch.bfloat16)

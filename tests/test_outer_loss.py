@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from problems import DataWeights, HyperRepresentation, Quadratic, flat
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_bilevel as tb
-from problems import DataWeights, HyperRepresentation, Quadratic, flat
 
 
 def ready(estimator="cg", num_steps=3, problem=None):
@@ -169,7 +169,9 @@ def test_one_function_registered_as_both():
     def loss(A, b):
         return ((A @ w - b) ** 2).mean() + (lam.exp() * w**2).sum()
 
-    optimizer = tb.BilevelOptimizer(torch.optim.SGD([w], lr=0.1), torch.optim.SGD([lam], lr=0.1))
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([w], lr=0.1), torch.optim.SGD([lam], lr=0.1)
+    )
     train, valid = optimizer.inner_loss(loss), optimizer.outer_loss(loss)
     train(A, b).backward()
     optimizer.step()
@@ -183,7 +185,8 @@ def test_several_inner_losses_with_weights():
     torch.manual_seed(0)
     problem = Quadratic()
     optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD(problem.y, lr=0.05), torch.optim.SGD(problem.x, lr=0.1),
+        torch.optim.SGD(problem.y, lr=0.05),
+        torch.optim.SGD(problem.x, lr=0.1),
         estimator="direct",
     )
     first = optimizer.inner_loss(problem.train_loss)
@@ -201,7 +204,8 @@ def test_several_inner_losses_with_weights():
 def test_weight_and_batches_of_outer_losses():
     problem = DataWeights()
     optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD(problem.y, lr=0.05), torch.optim.SGD(problem.x, lr=0.1),
+        torch.optim.SGD(problem.y, lr=0.05),
+        torch.optim.SGD(problem.x, lr=0.1),
         estimator="direct",
     )
     train = optimizer.inner_loss(problem.train_loss)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cases import ADAM, RULES, SGD, rule_id
 
 import torch_bilevel as tb
-from cases import ADAM, RULES, SGD, rule_id
 from torch_bilevel.inner import RULES as REGISTERED
 from torch_bilevel.inner import find_rule
 
@@ -15,7 +15,11 @@ def build(case, parameters, **extra):
     return kind(parameters, **fixed, **extra)
 
 
-MODES = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+MODES = {
+    "single": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,9 +114,7 @@ def test_adam_has_no_nan_where_a_gradient_is_exactly_zero(options):
     table = torch.randn(4, 3, requires_grad=True)
     x = torch.tensor(0.5, requires_grad=True)
     inner = ADAM([table], lr=0.1, **options)
-    optimizer = tb.BilevelOptimizer(
-        inner, SGD([x], lr=0.1), estimator="unrolled"
-    )
+    optimizer = tb.BilevelOptimizer(inner, SGD([x], lr=0.1), estimator="unrolled")
     train = optimizer.inner_loss(lambda: ((table[:2] - x) ** 4).sum())
     optimizer.outer_loss(lambda: (table**3).sum())
     for _ in range(3):
@@ -126,7 +128,10 @@ def test_adam_has_no_nan_where_a_gradient_is_exactly_zero(options):
 
 def test_a_parameter_without_gradient_is_skipped_as_torch_does():
     """Weight decay does not touch it; it passes the adjoint through."""
-    used, unused = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    used, unused = (
+        torch.randn(3, requires_grad=True),
+        torch.randn(2, requires_grad=True),
+    )
     x = torch.randn(3, requires_grad=True)
     inner = SGD([used, unused], lr=0.1, momentum=0.9, weight_decay=0.5)
     optimizer = tb.BilevelOptimizer(inner, SGD([x], lr=1.0), estimator="unrolled")

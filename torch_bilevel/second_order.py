@@ -48,9 +48,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextlib.contextmanager
-def second_order(
-    recurrent: bool = False, weight_norm: bool = False
-) -> Iterator[None]:
+def second_order(recurrent: bool = False, weight_norm: bool = False) -> Iterator[None]:
     """Make what is evaluated inside twice differentiable.
 
     Args:

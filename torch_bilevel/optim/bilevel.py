@@ -7,7 +7,6 @@ the window of recorded steps, the memory of estimators.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,22 +17,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _checks, estimators
-from ..errors import BilevelError, LossNotRegistered
+from ..errors import LossNotRegistered
 from ..estimators import Estimator, EstimatorMemory, Situation
 from ..inner import GradientTransform
-from ..problem import BilevelProblem, ModuleSet, Variables, WeightedCall
+from ..problem import BilevelProblem, ModuleSet, WeightedCall
 from ..second_order import uncompiled
 from . import estimation, state
 from .data import OuterData
+from .delegation import DelegatingOptimizer
 from .explain import explain
-from .losses import InnerLoss, OuterLoss
+from .levels import build, check_levels, fits
+from .losses import InnerLoss, OuterLoss, outer_calls
 from .recorder import Recorder
 from .report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class BilevelOptimizer(torch.optim.Optimizer):
+class BilevelOptimizer(DelegatingOptimizer):
     """Train ``inner`` as before and ``outer`` by the gradient of a validation loss.
 
         min_x f(x, y*(x)),    y*(x) = argmin_y g(x, y)
@@ -96,12 +97,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
         max_record_bytes: int | None = None,
         history: int = 1000,
     ):
-        self.inner = inner
-        self.inners: list[torch.optim.Optimizer] = (
-            list(inner) if isinstance(inner, (list, tuple)) else [inner]  # type: ignore[list-item]
-        )
+        super().__init__(inner)
         self.outer = outer
-        _check_arguments(self.inners, outer, unused)
+        check_levels(self.inners, outer)
+        if unused not in ("error", "zero"):
+            raise ValueError(f"unused={unused!r}: write 'error' or 'zero'.")
         for name, value in (
             ("inner_steps", inner_steps),
             ("verify_every", verify_every),
@@ -129,7 +129,6 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self._warned: set[type[Warning]] = set()
         self._outer_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._problem: BilevelProblem | None = None
-        self._become_an_optimizer()
         self._recorder = Recorder(
             self.inners,
             lambda: self.problem,
@@ -298,7 +297,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             One tensor per outer variable.
         """
         chosen = None if estimator is None else estimators.parse(estimator)
-        calls, names = self._outer_calls(args, kwargs, loss)
+        calls, names = outer_calls(self, args, kwargs, loss)
         parts = self._estimate(calls, names, None, chosen)
         if write:
             for tensor, part in zip(self.problem.outer.tensors, parts, strict=True):
@@ -307,51 +306,6 @@ class BilevelOptimizer(torch.optim.Optimizer):
                 else:
                     tensor.grad = part.clone()
         return tuple(parts)
-
-    def _outer_calls(
-        self, args: tuple, kwargs: dict[str, Any], loss: Any
-    ) -> tuple[list[WeightedCall], tuple[str, ...]]:
-        losses = list(self.outer_losses.values()) if loss is None else [loss]
-        if not losses:
-            raise LossNotRegistered(
-                "No outer loss is registered. Decorate the validation loss with "
-                "@optimizer.outer_loss (or @optimizer.outer_loss(data=valid_loader))."
-            )
-        if not self.inner_losses:
-            raise LossNotRegistered(
-                "No inner loss is registered. Decorate the training loss with "
-                "@optimizer.inner_loss."
-            )
-        if args or kwargs:
-            if len(losses) > 1:
-                raise LossNotRegistered(
-                    f"Arguments were given, but {len(losses)} outer losses are registered "
-                    f"({', '.join(item.name for item in losses)}). Say which with loss=."
-                )
-            return [(losses[0].record(args, kwargs), 1.0)], (losses[0].name,)
-        calls: list[WeightedCall] = []
-        autocast = self._last_autocast()
-        for item in losses:
-            if item.data is None:
-                batches = [()] if _takes_nothing(item.function) else None
-                if batches is None:
-                    raise LossNotRegistered(
-                        f"The outer loss {item.name!r} has no data to draw from. Register it "
-                        "with @optimizer.outer_loss(data=valid_loader), or pass the batch: "
-                        "optimizer.outer_step(x, y)."
-                    )
-            else:
-                batches = item.data.draw(self.problem.inner.layout.device)
-            for batch in batches:
-                call = item.record(batch, {})
-                call.autocast = autocast or call.autocast
-                calls.append((call, item.weight / len(batches)))
-        return calls, tuple(item.name for item in losses)
-
-    def _last_autocast(self) -> list:
-        """Automatic outer losses run under the autocast of the last inner call."""
-        records = [record for record in self._recorder.window if record.calls]
-        return records[-1].calls[-1][0].autocast if records else []
 
     def _estimate(
         self,
@@ -479,85 +433,14 @@ class BilevelOptimizer(torch.optim.Optimizer):
     @property
     def problem(self) -> BilevelProblem:
         """Both levels at the live parameters; follows added parameter groups."""
-        inner = [p for o in self.inners for g in o.param_groups for p in g["params"]]
-        outer = [p for g in self.outer.param_groups for p in g["params"]]
         known = self._problem
-        if known is not None and (len(inner), len(outer)) == (
-            len(known.inner.tensors),
-            len(known.outer.tensors),
-        ):
-            return known
-        self._problem = BilevelProblem(
-            Variables("inner", inner, self._names("inner", inner)),
-            Variables("outer", outer, self._names("outer", outer)),
-            self._modules,
-        )
-        if known is not None:
-            self._recorder.restart()
-            self._memories.clear()
-        return self._problem
-
-    def _names(self, role: str, parameters: Sequence[Tensor]) -> list[str]:
-        """Names of parameters in the named modules, else their number."""
-        found: dict[int, str] = {}
-        for module in self._modules.members.values():
-            for name, parameter in module.named_parameters():
-                if len(found.get(id(parameter), "")) < len(name):
-                    found[id(parameter)] = name
-        return [found.get(id(p), f"{role}[{i}]") for i, p in enumerate(parameters)]
-
-    # --- being a torch.optim.Optimizer ------------------------------------------------
-
-    def _become_an_optimizer(self) -> None:
-        """What ``Optimizer.__init__`` sets up, without parameter groups of our own."""
-        for kind in ("step_pre", "step_post"):
-            setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
-        for kind in ("state_dict", "load_state_dict"):
-            for when in ("pre", "post"):
-                setattr(self, f"_optimizer_{kind}_{when}_hooks", OrderedDict())
-        self._warned_capturable_if_run_uncaptured = True
-        self._patch_step_function()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of ``inner`` themselves, so that schedulers act on them."""
-        return [group for optimizer in self.inners for group in optimizer.param_groups]
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self._only_inner("param_groups").param_groups = value
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of ``inner`` itself (a merged copy when there are several)."""
-        if len(self.inners) == 1:
-            return self.inners[0].state
-        return {p: s for optimizer in self.inners for p, s in optimizer.state.items()}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._only_inner("state").state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The defaults of ``inner`` (of the first, when there are several)."""
-        return self.inners[0].defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to ``inner``; recorded steps are dropped.
-
-        Args:
-            param_group: as in ``torch.optim``.
-        """
-        self._only_inner("add_param_group()").add_param_group(param_group)
-
-    def _only_inner(self, what: str) -> torch.optim.Optimizer:
-        if len(self.inners) > 1:
-            raise BilevelError(
-                f"{what} is ambiguous with {len(self.inners)} inner optimizers; use the one "
-                "you mean: optimizer.inner[i]."
-            )
-        return self.inners[0]
+        if known is None or not fits(known, self.inners, self.outer):
+            self._problem = build(self.inners, self.outer, self._modules)
+            if known is not None:
+                self._recorder.restart()
+                self._memories.clear()
+            return self._problem
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact resume needs, loadable with ``weights_only=True``.
@@ -578,56 +461,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """
         state.load(self, state_dict)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "A BilevelOptimizer holds hooks and closures and cannot be pickled. Save "
-            "optimizer.state_dict() and load it into one constructed anew."
-        )
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError(
-            "A BilevelOptimizer holds hooks on its optimizers and cannot be copied. Construct "
-            "another and load optimizer.state_dict() into it."
-        )
-
     def __repr__(self) -> str:
         inner = ", ".join(type(optimizer).__name__ for optimizer in self.inners)
         return (
             f"{type(self).__name__}(inner={inner}, outer={type(self.outer).__name__}, "
             f"estimator={str(self._estimator)!r}, inner_steps={self.inner_steps})"
         )
-
-
-def _takes_nothing(function: Callable[..., Any]) -> bool:
-    with contextlib.suppress(TypeError, ValueError):
-        inspect.signature(function).bind()
-        return True
-    return False
-
-
-def _check_arguments(inners: Sequence[Any], outer: Any, unused: str) -> None:
-    for role, optimizer in [*(("inner", o) for o in inners), ("outer", outer)]:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"{role}= must be a torch.optim optimizer, got {type(optimizer).__name__}. "
-                f"For example {role}=torch.optim.SGD(parameters, lr=0.1)."
-            )
-        if isinstance(optimizer, BilevelOptimizer):
-            raise TypeError(
-                f"{role}= is itself a BilevelOptimizer; pass a plain optimizer."
-            )
-    if not inners:
-        raise TypeError("inner= is an empty list; pass at least one optimizer.")
-    if unused not in ("error", "zero"):
-        raise ValueError(f"unused={unused!r}: write 'error' or 'zero'.")
-    seen = {id(p) for o in inners for g in o.param_groups for p in g["params"]}
-    both = [p for g in outer.param_groups for p in g["params"] if id(p) in seen]
-    if both:
-        raise BilevelError(
-            f"{len(both)} parameter(s) (first: shape {tuple(both[0].shape)}) are in both the "
-            "inner and the outer optimizer. A parameter is either trained by the inner loss or "
-            "learned by the outer one. Learning an initialisation needs tasks, which this "
-            "version does not have."
-        )
-    if any(outer is o for o in inners):
-        raise BilevelError("inner and outer are the same optimizer.")

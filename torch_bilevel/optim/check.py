@@ -21,6 +21,7 @@ from .. import estimators
 from ..inner import StepRecord, tolerance
 from ..inner.verification import consumed
 from ..problem import WeightedCall, scalar
+from .losses import outer_calls
 
 if TYPE_CHECKING:
     from .bilevel import BilevelOptimizer
@@ -109,7 +110,7 @@ def check_hypergradient(
         True
     """
     chosen = optimizer.estimator if estimator is None else estimators.parse(estimator)
-    calls, names = optimizer._outer_calls(args, kwargs, loss)
+    calls, names = outer_calls(optimizer, args, kwargs, loss)
     parts = optimizer._estimate(calls, names, None, chosen)
     problem = optimizer.problem
     gradient = problem.outer.layout.flatten(parts)

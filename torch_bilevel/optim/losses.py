@@ -7,16 +7,18 @@ the outer variables, whose forward evaluates the function and whose backward run
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import StalePoint
-from ..problem import Call, autocast_state, record, scalar
+from ..errors import LossNotRegistered, StalePoint
+from ..problem import Call, WeightedCall, autocast_state, record, scalar
 from ..second_order import uncompiled
 from .data import OuterData
 
@@ -174,3 +176,74 @@ class HypergradientFunction(torch.autograd.Function):
         parts = ctx.run.hypergradient()
         (weight,) = grads
         return None, *(part * weight.to(part).reshape(()) for part in parts)
+
+
+def outer_calls(
+    optimizer: BilevelOptimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Any,
+) -> tuple[list[WeightedCall], tuple[str, ...]]:
+    """The outer calls a hypergradient is of, and the names of their losses.
+
+    Args:
+        optimizer: has the registered losses.
+        args: a batch, or nothing to draw batches from the losses' data.
+        kwargs: keyword arguments.
+        loss: the outer loss to use, or None for all.
+
+    Returns:
+        Calls with weights, and names.
+
+    Raises:
+        LossNotRegistered: there is no loss, or no data to draw from.
+    """
+    losses = list(optimizer.outer_losses.values()) if loss is None else [loss]
+    if not losses:
+        raise LossNotRegistered(
+            "No outer loss is registered. Decorate the validation loss with "
+            "@optimizer.outer_loss (or @optimizer.outer_loss(data=valid_loader))."
+        )
+    if not optimizer.inner_losses:
+        raise LossNotRegistered(
+            "No inner loss is registered. Decorate the training loss with "
+            "@optimizer.inner_loss."
+        )
+    if args or kwargs:
+        if len(losses) > 1:
+            raise LossNotRegistered(
+                f"Arguments were given, but {len(losses)} outer losses are registered "
+                f"({', '.join(item.name for item in losses)}). Say which with loss=."
+            )
+        return [(losses[0].record(args, kwargs), 1.0)], (losses[0].name,)
+    calls: list[WeightedCall] = []
+    autocast = _last_autocast(optimizer)
+    for item in losses:
+        if item.data is None:
+            batches = [()] if _takes_nothing(item.function) else None
+            if batches is None:
+                raise LossNotRegistered(
+                    f"The outer loss {item.name!r} has no data to draw from. Register it "
+                    "with @optimizer.outer_loss(data=valid_loader), or pass the batch: "
+                    "optimizer.outer_step(x, y)."
+                )
+        else:
+            batches = item.data.draw(optimizer.problem.inner.layout.device)
+        for batch in batches:
+            call = item.record(batch, {})
+            call.autocast = autocast or call.autocast
+            calls.append((call, item.weight / len(batches)))
+    return calls, tuple(item.name for item in losses)
+
+
+def _last_autocast(optimizer: BilevelOptimizer) -> list:
+    """Automatic outer losses run under the autocast of the last inner call."""
+    records = [record for record in optimizer._recorder.window if record.calls]
+    return records[-1].calls[-1][0].autocast if records else []
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        inspect.signature(function).bind()
+        return True
+    return False

@@ -225,7 +225,8 @@ class Recorder:
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": watched}
-        return (args[0], watched, *args[2:]), kwargs
+        owner, _, *others = args  # type: ignore[misc]
+        return (owner, watched, *others), kwargs
 
     def _capture(
         self, index: int, optimizer: torch.optim.Optimizer, again: bool = False
@@ -261,7 +262,10 @@ class Recorder:
             )
         elif calls:
             self.current.calls = self.current.calls + self._kept(calls)
-            if self.to_verify is not None and self.to_verify.index == self.current.index:
+            if (
+                self.to_verify is not None
+                and self.to_verify.index == self.current.index
+            ):
                 self.to_verify.calls = self.to_verify.calls + calls
         wants = self.window.wants_iterate()
         self.current.parts[index] = (

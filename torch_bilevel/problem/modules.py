@@ -56,7 +56,9 @@ class ModuleSet:
         """Whether one of them is weight-normalised, in the new or the old way."""
         return any(
             type(m).__name__ == "_WeightNorm"
-            or any(type(h).__name__ == "WeightNorm" for h in m._forward_pre_hooks.values())
+            or any(
+                type(h).__name__ == "WeightNorm" for h in m._forward_pre_hooks.values()
+            )
             for m in self.members.values()
         )
 

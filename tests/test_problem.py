@@ -1,0 +1,143 @@
+"""Products of a linearisation: linearity, symmetry, adjointness; the flat vector."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import torch_bilevel as tb
+from torch_bilevel._vector import Layout
+
+
+def problem(order=(0, 1, 2), seed=0):
+    """A nonlinear inner loss on three leaves of different shapes, in a given order."""
+    g = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    leaves = [make(2, 3), make(), make(4)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    lam = make(5).requires_grad_()
+    A = make(5, 2)
+    inner = [leaves[i] for i in order]
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD(inner, lr=0.1), torch.optim.SGD([lam], lr=0.1)
+    )
+
+    def loss():
+        a, s, c = leaves
+        return ((torch.tanh(A @ a) * s).sum(1) * lam.exp()).sin().sum() + (
+            c**4
+        ).sum() * lam.sum()
+
+    train = optimizer.inner_loss(loss)
+    train().backward()
+    optimizer.step()
+    (record,) = optimizer._recorder.window.steps()
+    return optimizer.problem, record.calls, loss, inner, lam
+
+
+vectors = st.integers(0, 10**6)
+
+
+def draw(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g, dtype=torch.float64)
+
+
+@given(vectors, vectors, st.floats(-2, 2), st.integers(0, 5))
+def test_linear_symmetric_adjoint(s1, s2, c, seed):
+    p, calls, loss, inner, lam = problem(seed=seed)
+    at = p.linearize(calls)
+    u, v, w = draw(s1, 11), draw(s2, 11), draw(s1 + s2, 5)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # noqa: E731
+    close(at.hvp(c * u + v), c * at.hvp(u) + at.hvp(v))
+    close(at.cross(c * u + v), c * at.cross(u) + at.cross(v))
+    close(u @ at.hvp(v), v @ at.hvp(u))
+    Hv, Jv = at.joint(v)
+    close(Hv, at.hvp(v))
+    close(Jv, at.cross(v))
+    # ⟨w, J v⟩ = ⟨Jᵀw, v⟩ with Jᵀw = ∂_y⟨∂_x g, w⟩, the other order of differentiation
+    (gx,) = torch.autograd.grad(loss(), lam, create_graph=True)
+    Jtw = torch.autograd.grad(gx @ w, inner, allow_unused=True)
+    Jtw = p.inner.layout.flatten(Jtw)
+    close(w @ Jv, Jtw @ v)
+
+
+def test_products_equal_the_dense_derivatives():
+    p, calls, loss, inner, lam = problem()
+    at = p.linearize(calls)
+
+    def of(y, x):
+        with p.inner.swapped(), p.outer.swapped():
+            p.inner.overwrite(p.inner.layout.split(y))
+            p.outer.overwrite(p.outer.layout.split(x))
+            return p.inner.layout.flatten(p.inner_gradients(calls))
+
+    y, x = p.inner.read(), p.outer.read()
+    torch.testing.assert_close(at.gradient, of(y, x))
+    for size, product, of_y in ((11, at.hvp, True), (5, None, False)):
+        for e in torch.eye(size):
+            step = 1e-6 * e
+            ends = [
+                of(y + s * step, x) if of_y else of(y, x + s * step) for s in (1, -1)
+            ]
+            column = (ends[0] - ends[1]) / 2e-6
+            if of_y:
+                torch.testing.assert_close(product(e), column, rtol=1e-6, atol=1e-7)
+            else:
+                v = draw(3, 11)
+                torch.testing.assert_close(
+                    at.cross(v) @ e, column @ v, rtol=1e-6, atol=1e-7
+                )
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0)])
+def test_permuting_the_leaves_permutes_the_products(order):
+    p, calls, *_ = problem()
+    q, other, *_ = problem(order)
+    v = draw(5, 11)
+    parts = p.inner.layout.split(v)
+    w = q.inner.layout.flatten([parts[i] for i in order])
+    Hv, Jv = p.linearize(calls).joint(v)
+    Hw, Jw = q.linearize(other).joint(w)
+    torch.testing.assert_close(
+        Hw, q.inner.layout.flatten([p.inner.layout.split(Hv)[i] for i in order])
+    )
+    torch.testing.assert_close(Jw, Jv)
+
+
+def test_layout():
+    tensors = [
+        torch.ones(2, 3),
+        torch.tensor(5.0),
+        torch.zeros(0),
+        torch.ones(2).bfloat16(),
+    ]
+    layout = Layout(tensors, ["a", "b", "empty", "half"])
+    assert layout.numel == 9 and layout.dtype == torch.float64
+    vector = layout.flatten(tensors)
+    for part, tensor in zip(layout.split(vector), tensors, strict=True):
+        assert torch.equal(part, tensor) and part.dtype == tensor.dtype
+    assert torch.equal(layout.flatten([None] * 4), layout.zeros())
+    assert Layout([torch.ones(2).bfloat16()], ["h"]).dtype == torch.float32
+    assert layout == Layout(tensors, ["a", "b", "empty", "half"])
+    assert layout != Layout(tensors[:2], ["a", "b"])
+
+
+def test_a_linear_inner_loss_has_a_zero_hessian():
+    y, x = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.1, weight_decay=2.0), torch.optim.SGD([x], lr=0.1)
+    )
+    train = optimizer.inner_loss(lambda: (x * y).sum())
+    optimizer.outer_loss(lambda: (y**2).sum())
+    train().backward()
+    optimizer.step()
+    (found,) = optimizer.hypergradient()  # (H + wd) v = 2 y with H = 0;  J = I
+    torch.testing.assert_close(found, -2 * y.detach() / 2.0)
+
+
+def test_second_order_region_is_quiet_about_what_it_does_not_need():
+    with tb.second_order(recurrent=True):
+        assert (
+            not torch.backends.cudnn.enabled or not torch.backends.cudnn.is_available()
+        )

@@ -1,0 +1,208 @@
+"""Linear solvers on known systems: laws of `torch_bilevel.solvers.base`."""
+
+import pytest
+import torch
+from cases import ESTIMATORS, SYMMETRIC_ONLY
+from hypothesis import given
+from hypothesis import strategies as st
+
+import torch_bilevel as tb
+from torch_bilevel.solvers import (
+    CG,
+    MINRES,
+    REGISTRY,
+    Direct,
+    Identity,
+    Memory,
+    Neumann,
+    Operator,
+    Richardson,
+)
+
+ACCURATE = {name: text for name, text in ESTIMATORS.items() if text}
+
+
+def accurate(name):
+    return tb.estimator(ACCURATE[name]).solver
+
+
+def system(eigenvalues, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    n = len(eigenvalues)
+    Q, _ = torch.linalg.qr(torch.randn(n, n, generator=g))
+    A = Q @ torch.diag(torch.as_tensor(eigenvalues, dtype=torch.float64)) @ Q.T
+    b = torch.randn(n, generator=g)
+    return A, b, torch.linalg.solve(A, b)
+
+
+@pytest.mark.parametrize("name", ACCURATE)
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("warm", [False, True])
+def test_solves_a_positive_definite_system(name, n, warm):
+    A, b, x = system(torch.linspace(0.5, 4.0, n).tolist())
+    x0 = x + 0.1 * torch.ones(n) if warm else None
+    operator = Operator(A.mv, n)
+    found = accurate(name).solve(operator, b, x0, Memory())
+    torch.testing.assert_close(found.value, x, rtol=1e-9, atol=1e-10)
+    residual = torch.linalg.vector_norm(b - A @ found.value) / torch.linalg.vector_norm(
+        b
+    )
+    assert abs(float(found.residual - residual)) < 1e-9
+    assert found.status in ("converged", "max steps")
+
+
+@pytest.mark.parametrize("name", sorted({"cg", "minres", "richardson"}))
+def test_a_start_that_solves_the_system_is_returned(name):
+    A, b, x = system([1.0, 2.0, 3.0])
+    found = accurate(name).solve(Operator(A.mv, 3), b, x, Memory())
+    assert int(found.num_steps) == 0 or name == "richardson"
+    torch.testing.assert_close(found.value, x)
+
+
+@pytest.mark.parametrize("name", sorted({"cg", "minres", "richardson"}))
+def test_the_start_is_never_worse_than_zero(name):
+    A, b, _ = system([1.0, 2.0, 3.0])
+    solver = type(accurate(name))(max_steps=1)
+    cold = solver.solve(Operator(A.mv, 3), b, None, Memory())
+    wild = solver.solve(Operator(A.mv, 3), b, 1e9 * torch.ones(3), Memory())
+    assert torch.equal(cold.value, wild.value)
+    lost = solver.solve(Operator(A.mv, 3), b, torch.full((3,), torch.nan), Memory())
+    assert torch.equal(cold.value, lost.value)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("x0", [None, "given"])
+def test_a_zero_right_hand_side_gives_zero(name, x0):
+    A, b, x = system([1.0, 2.0])
+    start = x if x0 else None
+    found = REGISTRY[name]().solve(Operator(A.mv, 2), torch.zeros(2), start, Memory())
+    assert torch.equal(found.value, torch.zeros(2))
+
+
+@pytest.mark.parametrize("solver", [CG, MINRES])
+@pytest.mark.parametrize(
+    "eigenvalues", [[2.0], [3.0] * 5, [1.0] * 4 + [5.0] * 3, [1.0, 2.0, 2.0, 7.0, 7.0]]
+)
+@pytest.mark.parametrize("rtol", [0.0, 1e-10])
+def test_exact_in_as_many_steps_as_distinct_eigenvalues(solver, eigenvalues, rtol):
+    """Including one: the classical bug returns the iterate before."""
+    A, b, x = system(eigenvalues)
+    distinct = len(set(eigenvalues))
+    found = solver(max_steps=distinct, rtol=rtol).solve(Operator(A.mv, len(b)), b)
+    torch.testing.assert_close(found.value, x, rtol=1e-12, atol=1e-12)
+    # and running on past convergence gives no 0/0
+    found = solver(max_steps=distinct + 10, rtol=0.0).solve(Operator(A.mv, len(b)), b)
+    torch.testing.assert_close(found.value, x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kappa", [10, 100])
+def test_rates(kappa):
+    """CG's A-norm error falls by at least (√κ − 1)/(√κ + 1), Richardson's residual by 1 − 1/κ."""
+    A, b, x = system(torch.logspace(0, torch.log10(torch.tensor(kappa)), 40).tolist())
+    for steps in (5, 10, 20):
+        error = CG(steps, rtol=0.0).solve(Operator(A.mv, 40), b).value - x
+        ratio = (kappa**0.5 - 1) / (kappa**0.5 + 1)
+        assert (error @ A @ error).sqrt() <= 2 * ratio**steps * (x @ A @ x).sqrt()
+        found = Richardson(steps, step_size=1 / kappa, rtol=0.0).solve(
+            Operator(A.mv, 40), b
+        )
+        assert float(found.residual) <= (1 - 1 / kappa) ** steps + 1e-12
+
+
+def test_neumann_closed_form_and_cost():
+    A, b, x = system([0.5, 1.0, 2.0])
+    for K in (1, 2, 7):
+        operator = Operator(A.mv, 3)
+        found = Neumann(K, step_size=0.3).solve(operator, b)
+        M = torch.linalg.matrix_power(torch.eye(3) - 0.3 * A, K)
+        torch.testing.assert_close(found.value, torch.linalg.solve(A, b - M @ b))
+        assert operator.num_products == K - 1
+        same = Richardson(K, step_size=0.3, rtol=0.0).solve(Operator(A.mv, 3), b)
+        torch.testing.assert_close(found.value, same.value)
+
+
+@pytest.mark.parametrize("solver", [MINRES(60, 1e-12), Direct()])
+def test_indefinite_systems(solver):
+    A, b, x = system([-3.0, -1.0, 0.5, 2.0, 4.0])
+    found = solver.solve(Operator(A.mv, 5), b)
+    torch.testing.assert_close(found.value, x, rtol=1e-9, atol=1e-9)
+
+
+def test_cg_stops_at_the_last_good_iterate():
+    A = torch.diag(torch.tensor([1.0, 4.0, -2.0]))
+    b = torch.tensor([1.0, 1.0, 1e-3])
+    steps = []
+    found = CG(20, 1e-12).solve(Operator(lambda v: (steps.append(1), A @ v)[1], 3), b)
+    assert bool(found.negative_curvature) and found.status == "negative curvature"
+    assert float(found.curvature) < 0
+    before = CG(int(found.num_steps), 0.0).solve(Operator(A.mv, 3), b)
+    assert torch.equal(found.value, before.value)
+    # no step possible at all: the one-step answer along b
+    found = CG().solve(Operator(lambda v: -2 * v, 3), b)
+    torch.testing.assert_close(found.value, b / 2)
+    assert float(found.curvature) == -2.0 and int(found.num_steps) == 0
+
+
+def test_singular_consistent_systems():
+    """Softmax heads without penalty: a null space that b is orthogonal to."""
+    A = torch.diag(torch.tensor([0.0, 1.0, 3.0]))
+    b = torch.tensor([0.0, 1.0, 3.0])
+    for solver in (
+        CG(20, 1e-12),
+        MINRES(20, 1e-12),
+        Direct(),
+        Richardson(500, rtol=1e-12),
+    ):
+        found = solver.solve(Operator(A.mv, 3), b, None, Memory())
+        torch.testing.assert_close(found.value, torch.tensor([0.0, 1.0, 1.0]))
+        assert not bool(found.negative_curvature)
+
+
+@pytest.mark.parametrize("name", sorted(set(ACCURATE) - SYMMETRIC_ONLY))
+def test_nonsymmetric_systems(name):
+    A = torch.tensor([[2.0, 1.0], [-1.0, 1.5]])
+    b = torch.tensor([1.0, 2.0])
+    found = accurate(name).solve(Operator(A.mv, 2, symmetric=False), b, None, Memory())
+    torch.testing.assert_close(
+        found.value, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9
+    )
+
+
+def test_identity_needs_no_product():
+    operator = Operator(torch.neg, 3)
+    found = Identity(scale=0.2).solve(operator, torch.ones(3))
+    assert torch.equal(found.value, torch.full((3,), 0.2))
+    assert operator.num_products == 0 and torch.isnan(found.residual)
+
+
+def test_the_automatic_step_size_is_remembered():
+    A, b, _ = system(torch.linspace(1, 5, 20).tolist())
+    memory = Memory()
+    operator = Operator(A.mv, 20)
+    Richardson(5, rtol=0.0).solve(operator, b, None, memory)
+    first = operator.num_products
+    assert 0.9 * 5 < float(memory.eigenvalue) <= 5.0001
+    Richardson(5, rtol=0.0).solve(operator, b, None, memory)
+    assert operator.num_products - first == 5 and first <= 5 + 20
+
+
+def test_float32():
+    A, b, x = system(torch.linspace(0.5, 4.0, 30).tolist())
+    A, b = A.float(), b.float()
+    for solver in (CG(60, 1e-6), MINRES(60, 1e-6), Direct()):
+        found = solver.solve(Operator(A.mv, 30), b)
+        assert found.value.dtype == torch.float32
+        torch.testing.assert_close(found.value.double(), x, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    st.lists(st.floats(0.1, 10.0), min_size=1, max_size=8),
+    st.integers(0, 1000),
+    st.floats(-3, 3).filter(lambda c: abs(c) > 1e-3),
+)
+def test_solutions_are_linear_in_the_right_hand_side(eigenvalues, seed, c):
+    A, b, _ = system(eigenvalues, seed)
+    for solver in (CG(40, 1e-13), MINRES(40, 1e-13), Neumann(7, 0.05), Direct()):
+        one = solver.solve(Operator(A.mv, len(b)), b, None, Memory()).value
+        other = solver.solve(Operator(A.mv, len(b)), c * b, None, Memory()).value
+        torch.testing.assert_close(other, c * one, rtol=1e-6, atol=1e-8)

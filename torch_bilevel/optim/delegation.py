@@ -1,0 +1,90 @@
+"""An optimizer whose groups, state and defaults are those of other optimizers.
+
+Copies would drift apart after ``inner.load_state_dict``; properties cannot. Schedulers, gradient
+scalers and training frameworks, which accept nothing but a real `torch.optim.Optimizer`, act on
+the inner optimizers through it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from ..errors import BilevelError
+
+
+class DelegatingOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` without parameters of its own.
+
+    Args:
+        inner: the optimizer it stands for, or several.
+    """
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.inners: list[torch.optim.Optimizer] = (
+            list(inner) if isinstance(inner, (list, tuple)) else [inner]
+        )
+        # What ``Optimizer.__init__`` sets up, without parameter groups of our own.
+        for kind in ("step_pre", "step_post"):
+            setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
+        for kind in ("state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{kind}_{when}_hooks", OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of ``inner`` themselves, so that schedulers act on them."""
+        return [group for optimizer in self.inners for group in optimizer.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._only_inner("param_groups").param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of ``inner`` itself (a merged copy when there are several)."""
+        if len(self.inners) == 1:
+            return self.inners[0].state
+        return {p: s for optimizer in self.inners for p, s in optimizer.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._only_inner("state").state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of ``inner`` (of the first, when there are several)."""
+        return self.inners[0].defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to ``inner``; recorded steps are dropped.
+
+        Args:
+            param_group: as in ``torch.optim``.
+        """
+        self._only_inner("add_param_group()").add_param_group(param_group)
+
+    def _only_inner(self, what: str) -> torch.optim.Optimizer:
+        if len(self.inners) > 1:
+            raise BilevelError(
+                f"{what} is ambiguous with {len(self.inners)} inner optimizers; use the one "
+                "you mean: optimizer.inner[i]."
+            )
+        return self.inners[0]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A BilevelOptimizer holds hooks and closures and cannot be pickled. Save "
+            "optimizer.state_dict() and load it into one constructed anew."
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(
+            "A BilevelOptimizer holds hooks on its optimizers and cannot be copied. Construct "
+            "another and load optimizer.state_dict() into it."
+        )

@@ -1,0 +1,93 @@
+"""The two levels of a problem, as the user's optimizers give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BilevelError
+from ..problem import BilevelProblem, ModuleSet, Variables
+from .delegation import DelegatingOptimizer
+
+
+def parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """Every parameter of some optimizers, in order."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+
+def build(
+    inners: Sequence[torch.optim.Optimizer],
+    outer: torch.optim.Optimizer,
+    modules: ModuleSet,
+) -> BilevelProblem:
+    """The problem at the live parameters of the optimizers."""
+
+    def variables(role: str, tensors: list[Tensor]) -> Variables:
+        return Variables(role, tensors, names(modules, role, tensors))
+
+    return BilevelProblem(
+        variables("inner", parameters(inners)),
+        variables("outer", parameters([outer])),
+        modules,
+    )
+
+
+def fits(
+    problem: BilevelProblem,
+    inners: Sequence[torch.optim.Optimizer],
+    outer: torch.optim.Optimizer,
+) -> bool:
+    """Whether the optimizers still have the parameters the problem was built for."""
+
+    def count(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+        return sum(len(group["params"]) for o in optimizers for group in o.param_groups)
+
+    return (count(inners), count([outer])) == (
+        len(problem.inner.tensors),
+        len(problem.outer.tensors),
+    )
+
+
+def names(modules: ModuleSet, role: str, tensors: Sequence[Tensor]) -> list[str]:
+    """Names of parameters in the known modules, else their number."""
+    found: dict[int, str] = {}
+    for module in modules.members.values():
+        for name, parameter in module.named_parameters():
+            if len(found.get(id(parameter), "")) < len(name):
+                found[id(parameter)] = name
+    return [found.get(id(p), f"{role}[{i}]") for i, p in enumerate(tensors)]
+
+
+def check_levels(inners: Sequence[Any], outer: Any) -> None:
+    """Refuse what cannot be the two levels of a problem.
+
+    Raises:
+        TypeError: something is not a plain ``torch.optim`` optimizer.
+        BilevelError: a parameter is in both levels.
+    """
+    for role, optimizer in [*(("inner", o) for o in inners), ("outer", outer)]:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{role}= must be a torch.optim optimizer, got {type(optimizer).__name__}. "
+                f"For example {role}=torch.optim.SGD(parameters, lr=0.1)."
+            )
+        if isinstance(optimizer, DelegatingOptimizer):
+            raise TypeError(
+                f"{role}= is itself a BilevelOptimizer; pass a plain optimizer."
+            )
+    if not inners:
+        raise TypeError("inner= is an empty list; pass at least one optimizer.")
+    seen = {id(p) for o in inners for g in o.param_groups for p in g["params"]}
+    both = [p for g in outer.param_groups for p in g["params"] if id(p) in seen]
+    if both:
+        raise BilevelError(
+            f"{len(both)} parameter(s) (first: shape {tuple(both[0].shape)}) are in both the "
+            "inner and the outer optimizer. A parameter is either trained by the inner loss or "
+            "learned by the outer one. Learning an initialisation needs tasks, which this "
+            "version does not have."
+        )
+    if any(outer is o for o in inners):
+        raise BilevelError("inner and outer are the same optimizer.")
