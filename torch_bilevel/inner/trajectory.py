@@ -146,7 +146,8 @@ class Window:
         self.pool = Pool(offload)
         self.records: deque[StepRecord] = deque()
         self.count = 0  # steps seen since the window began
-        self._batches: dict[int, int] = {}
+        self._holders: dict[int, int] = {}  # storage -> how many arguments refer to it
+        self._batch_bytes = 0
 
     def __len__(self) -> int:
         return len(self.records)
@@ -179,7 +180,7 @@ class Window:
                     start -= 1
             for _ in range(max(start, 0)):
                 self._release(self.records.popleft())
-        self._note_batches(record)
+        self._count_batches(record, 1)
         if self.max_bytes is None:
             self.max_bytes = free_memory(record) // 2
         used = self.nbytes()
@@ -198,37 +199,36 @@ class Window:
         """Take over another window's steps (the estimator changed in mid-window)."""
         for record in other.records:
             self.records.append(record)
-            self._note_batches(record)
+            self._count_batches(record, 1)
         self.count = other.count
         if self.pool.device == other.pool.device:
             self.pool = other.pool
 
-    def _note_batches(self, record: StepRecord) -> None:
+    def nbytes(self) -> int:
+        """Bytes of recorded iterates and of batches kept by reference."""
+        return self.pool.allocated + self._batch_bytes
+
+    def _count_batches(self, record: StepRecord, change: int) -> None:
+        """Keep the sum over distinct storages as steps come and go."""
         for call, _ in record.calls:
             for tensor, _ in call.versions:
                 storage = tensor.untyped_storage()
-                self._batches[storage.data_ptr()] = storage.nbytes()
-
-    def nbytes(self) -> int:
-        """Bytes of recorded iterates and of batches kept by reference."""
-        if self.last is not None:
-            kept = {
-                tensor.untyped_storage().data_ptr()
-                for record in self.records
-                for call, _ in record.calls
-                for tensor, _ in call.versions
-            }
-            self._batches = {k: v for k, v in self._batches.items() if k in kept}
-        return self.pool.allocated + sum(self._batches.values())
+                key = storage.data_ptr()
+                before = self._holders.get(key, 0)
+                self._holders[key] = before + change
+                if before + change == 0:
+                    del self._holders[key]
+                if before == 0 or before + change == 0:
+                    self._batch_bytes += change * storage.nbytes()
 
     def clear(self) -> None:
         """Forget every step."""
         while self.records:
             self._release(self.records.popleft())
-        self._batches.clear()
         self.count = 0
 
     def _release(self, record: StepRecord) -> None:
+        self._count_batches(record, -1)
         for part in record.parts.values():
             self.pool.give_back(part.values or ())
             for state in part.state or ():

@@ -237,21 +237,6 @@ class BilevelOptimizer(DelegatingOptimizer):
 
     # --- steps ------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take the inner step: ``inner.step(closure)``, of every inner optimizer.
-
-        Args:
-            closure: as in ``torch.optim``; evaluated by the first inner optimizer.
-
-        Returns:
-            What the first inner optimizer returned.
-        """
-        results = [
-            optimizer.step(closure) if closure and not index else optimizer.step()
-            for index, optimizer in enumerate(self.inners)
-        ]
-        return results[0]
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the inner parameters; outer ones are ``outer``'s business."""
         self._recorder.pending = []
@@ -437,7 +422,8 @@ class BilevelOptimizer(DelegatingOptimizer):
         if known is None or not fits(known, self.inners, self.outer):
             self._problem = build(self.inners, self.outer, self._modules)
             if known is not None:
-                self._recorder.restart()
+                self._recorder.window.clear()
+                self._recorder.present = self._problem
                 self._memories.clear()
             return self._problem
         return known

@@ -41,14 +41,14 @@ def fits(
     outer: torch.optim.Optimizer,
 ) -> bool:
     """Whether the optimizers still have the parameters the problem was built for."""
-
-    def count(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-        return sum(len(group["params"]) for o in optimizers for group in o.param_groups)
-
-    return (count(inners), count([outer])) == (
-        len(problem.inner.tensors),
-        len(problem.outer.tensors),
-    )
+    # On the path of every inner step.
+    inner = outer_ = 0
+    for optimizer in inners:
+        for group in optimizer.param_groups:
+            inner += len(group["params"])
+    for group in outer.param_groups:
+        outer_ += len(group["params"])
+    return inner == len(problem.inner.tensors) and outer_ == len(problem.outer.tensors)
 
 
 def names(modules: ModuleSet, role: str, tensors: Sequence[Tensor]) -> list[str]:

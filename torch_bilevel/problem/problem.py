@@ -59,6 +59,9 @@ class BilevelProblem:
         self.num_products = 0
         self._watched: set[int] = set()
         tensors = inner.tensors + outer.tensors
+        self.live = inner.ids | outer.ids
+        # What the user's own inner call sees as constants.
+        self.constants = [tensor for tensor in outer.tensors if tensor not in inner]
         self.device_types = tuple(
             dict.fromkeys([*(t.device.type for t in tensors), "cpu"])
         )
