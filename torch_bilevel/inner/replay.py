@@ -11,8 +11,9 @@ Memory is the recorded iterates and the graph of one step, never the graph of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,8 +120,7 @@ def reverse(
     stepper = Stepper(problem, rules, transform)
     value_adjoint = _split(layout, adjoint)
     state_adjoint: list[dict[str, Tensor]] = [{} for _ in value_adjoint]
-    following: Sequence[Tensor] = [t.detach().clone() for t in problem.inner.tensors]
-    with problem.inner.swapped():
+    with problem.inner.swapped() as following:
         end = len(records)
         while end > first:
             # the segment from the last recorded iterate before `end`, stepped through again
@@ -151,7 +151,9 @@ def reverse(
                 result.mismatch.append(error)
                 result.steps.append(record)
                 following = point.values
+                del at  # its graph, before the next step's is built
             end = begin
+            del points
     result.inner = layout.flatten(value_adjoint)
     return result
 
@@ -216,24 +218,24 @@ class Stepper:
         states: States,
     ) -> tuple[list[Tensor], States]:
         """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
-        present = [
-            there for i in sorted(record.parts) for there in record.parts[i].present
-        ]
-        used = consumed(gradients, present, values, self.transform)
+        used = consumed(gradients, record.present(), values, self.transform)
         new_values, new_states = [], []
-        index = 0
-        for number in sorted(record.parts):
-            part = record.parts[number]
-            for group in part.groups:
-                value, gradient, state = values[index], used[index], states[index]
-                if gradient is not None:
-                    value, state = self.rules[number].step(
-                        value, gradient, state, part.hyper[group]
-                    )
-                new_values.append(value)
-                new_states.append(state)
-                index += 1
+        for step, value, gradient, state in zip(
+            self._updates(record), values, used, states, strict=True
+        ):
+            if gradient is not None:
+                value, state = step(value, gradient, state)
+            new_values.append(value)
+            new_states.append(state)
         return new_values, new_states
+
+    def _updates(self, record: StepRecord) -> list[Callable[..., Any]]:
+        """Per parameter, its rule with the hyperparameters of the step."""
+        return [
+            partial(_update, self.rules[number], record.parts[number].hyper[group])
+            for number in sorted(record.parts)
+            for group in record.parts[number].groups
+        ]
 
     def pull_back(
         self,
@@ -246,53 +248,115 @@ class Stepper:
     ) -> tuple[list[Tensor], list[Tensor | None], list[dict[str, Tensor]], Tensor]:
         """Vector-Jacobian product of the rules at a detached gradient.
 
+        One parameter at a time, so that a rule's intermediates live for one tensor only.
+
         Returns:
             Adjoints of values, gradients and states, and how far the rule's value is from
             the recorded next parameters, relative to the step.
         """
         dtype = self.problem.inner.layout.dtype
-
-        def leaf(tensor: Tensor, device: torch.device) -> Tensor:
-            return tensor.detach().to(device, dtype).requires_grad_()
-
-        devices = [value.device for value in point.values]
-        values = [leaf(v, d) for v, d in zip(point.values, devices, strict=True)]
-        grads = [
-            None if g is None else leaf(g, d)
-            for g, d in zip(gradients, devices, strict=True)
+        raw = [
+            None if g is None else g.detach().to(v.device, dtype)
+            for g, v in zip(gradients, point.values, strict=True)
         ]
-        states = [
-            {
-                k: leaf(v, d) if isinstance(v, Tensor) and k != "step" else v
-                for k, v in state.items()
-            }
-            for state, d in zip(point.states, devices, strict=True)
-        ]
+        with torch.no_grad():
+            used = consumed(raw, record.present(), point.values, self.transform)
+        value_bars: list[Tensor] = []
+        gradient_bars: list[Tensor | None] = []
+        state_bars: list[dict[str, Tensor]] = []
+        errors = []
+        for step, value, g, state, value_bar, state_bar, actual in zip(
+            self._updates(record),
+            point.values,
+            used,
+            point.states,
+            value_adjoint,
+            state_adjoint,
+            following,
+            strict=True,
+        ):
+            if g is None:  # torch skipped it: nothing happened
+                found = value_bar, None, state_bar, value
+            else:
+                found = _pull_one(step, value, g, state, value_bar, state_bar, dtype)
+            value_bars.append(found[0])
+            gradient_bars.append(found[1])
+            state_bars.append(found[2])
+            errors.append(_norms(found[3], actual, value, dtype))
+        if self.transform is not None:
+            gradient_bars = self._through_transform(record, point, raw, gradient_bars)
+        return value_bars, gradient_bars, state_bars, _error(errors, point.values)
+
+    def _through_transform(
+        self,
+        record: StepRecord,
+        point: Point,
+        raw: Sequence[Tensor | None],
+        adjoints: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Pull adjoints of the transformed gradients back to the raw ones."""
+        leaves = [None if g is None else g.detach().requires_grad_() for g in raw]
         with torch.enable_grad():
-            new_values, new_states = self.apply(record, values, grads, states)
-        outputs, weights = list(new_values), list(value_adjoint)
-        for state, adjoints in zip(new_states, state_adjoint, strict=True):
-            for key, weight in adjoints.items():
-                outputs.append(state[key])
-                weights.append(weight)
-        flat_states = [t for s in states for t in s.values() if _tracked(t)]
-        inputs = [*values, *(g for g in grads if g is not None), *flat_states]
+            used = consumed(leaves, record.present(), point.values, self.transform)
         pairs = [
-            (o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad
+            (u, a)
+            for u, a in zip(used, adjoints, strict=True)
+            if u is not None and a is not None and u.requires_grad
         ]
+        inputs = [g for g in leaves if g is not None]
         found = torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [w for _, w in pairs], allow_unused=True
+            [u for u, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True
         )
-        adjoint = dict(zip(map(id, inputs), found, strict=True))
-        return (
-            [_or_zero(adjoint[id(v)], v) for v in values],
-            [None if g is None else adjoint[id(g)] for g in grads],
-            [
-                {k: _or_zero(adjoint[id(t)], t) for k, t in s.items() if _tracked(t)}
-                for s in states
-            ],
-            _error(new_values, following, point.values, dtype),
-        )
+        bars = iter(found)
+        return [None if g is None else next(bars) for g in leaves]
+
+
+def _update(
+    rule: UpdateRule, hyper: dict[str, Any], value: Tensor, g: Tensor, state: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    return rule.step(value, g, state, hyper)
+
+
+def _pull_one(
+    step: Callable[..., Any],
+    value: Tensor,
+    gradient: Tensor,
+    state: dict[str, Any],
+    value_bar: Tensor,
+    state_bar: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor], Tensor]:
+    """The rule's vector-Jacobian product for one parameter, and its value."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(value.device, dtype).requires_grad_()
+
+    y, g = leaf(value), leaf(gradient)
+    s = {
+        k: leaf(v) if isinstance(v, Tensor) and k != "step" else v
+        for k, v in state.items()
+    }
+    with torch.enable_grad():
+        new_value, new_state = step(y, g, s)
+    pairs = [(new_value, value_bar)]
+    pairs += [(new_state[key], weight) for key, weight in state_bar.items()]
+    pairs = [(output, weight) for output, weight in pairs if output.requires_grad]
+    tracked = {key: t for key, t in s.items() if _tracked(t)}
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        [y, g, *tracked.values()],
+        [weight for _, weight in pairs],
+        allow_unused=True,
+    )
+    return (
+        _or_zero(found[0], y),
+        found[1],
+        {
+            key: _or_zero(bar, t)
+            for (key, t), bar in zip(tracked.items(), found[2:], strict=True)
+        },
+        new_value.detach(),
+    )
 
 
 def _tracked(value: Any) -> bool:
@@ -304,22 +368,18 @@ def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _error(
-    predicted: Sequence[Tensor],
-    actual: Sequence[Tensor],
-    before: Sequence[Tensor],
-    dtype: torch.dtype,
+def _norms(
+    predicted: Tensor, actual: Tensor, before: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """‖predicted − actual‖ beyond rounding, relative to ‖actual − before‖."""
-    device = actual[0].device
+    """‖predicted − actual‖, ‖actual − before‖ and ‖actual‖ of one parameter."""
+    a = actual.to(predicted.device)
+    parts = (predicted - a, a - before.to(a.device), a)
+    return torch.stack([torch.linalg.vector_norm(part).to(dtype) for part in parts])
 
-    def norm(tensors: list[Tensor]) -> Tensor:
-        norms = [torch.linalg.vector_norm(t).to(device, dtype) for t in tensors]
-        return torch.linalg.vector_norm(torch.stack(norms))
 
-    eps = max(torch.finfo(a.dtype).eps for a in actual)
-    actual = [a.to(p.device) for a, p in zip(actual, predicted, strict=True)]
-    off = norm([p - a for p, a in zip(predicted, actual, strict=True)])
-    moved = norm([a - b.to(a.device) for a, b in zip(actual, before, strict=True)])
-    rounding = 8 * eps * norm(list(actual))
-    return torch.where(off <= rounding, torch.zeros_like(off), off / moved)
+def _error(norms: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """The rule's error beyond rounding, relative to the step."""
+    eps = max(torch.finfo(value.dtype).eps for value in values)
+    table = torch.stack([norm.to(norms[0].device) for norm in norms])
+    off, moved, size = torch.linalg.vector_norm(table, dim=0)
+    return torch.where(off <= 8 * eps * size, torch.zeros_like(off), off / moved)

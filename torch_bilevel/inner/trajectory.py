@@ -65,6 +65,10 @@ class StepRecord:
         """Whether the parameters before the step were recorded."""
         return all(part.values is not None for part in self.parts.values())
 
+    def present(self) -> list[bool]:
+        """Per parameter, whether it had a gradient, over all inner optimizers."""
+        return [there for i in sorted(self.parts) for there in self.parts[i].present]
+
     def values(self) -> list[Tensor]:
         """The parameters before the step, over all inner optimizers."""
         return [
@@ -87,31 +91,45 @@ class StepRecord:
 class Pool:
     """Buffers for iterates, reused from one window to the next.
 
+    On the CPU they are carved from slabs above the allocator's mmap threshold (32 MiB in glibc):
+    pages are resident once they are written, and buffers that outlive the step do not fragment
+    the heap that activations come from.
+
     Args:
         device: where they live; None keeps each where its source is.
     """
+
+    SLAB = 33 * 2**20
 
     def __init__(self, device: str | None = None):
         self.device = device
         self.free: dict[tuple, list[Tensor]] = {}
         self.allocated = 0
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
 
     def copy(self, sources: Sequence[Tensor]) -> list[Tensor]:
         """Copies of the tensors in buffers of the pool."""
         buffers = []
         for source in sources:
-            device = self.device or source.device
-            shelf = self.free.get((source.shape, source.dtype, torch.device(device)))
-            if shelf:
-                buffers.append(shelf.pop())
-            else:
-                buffers.append(
-                    torch.empty_like(source, device=device, requires_grad=False)
-                )
-                self.allocated += source.numel() * source.element_size()
+            device = torch.device(self.device or source.device)
+            shelf = self.free.get((source.shape, source.dtype, device))
+            buffers.append(shelf.pop() if shelf else self._new(source, device))
         if buffers:
             torch._foreach_copy_(buffers, [source.detach() for source in sources])
         return buffers
+
+    def _new(self, source: Tensor, device: torch.device) -> Tensor:
+        size = source.numel() * source.element_size()
+        self.allocated += size
+        if device.type != "cpu":
+            return torch.empty(source.shape, dtype=source.dtype, device=device)
+        if self._used + size > self._slab.numel():
+            self._slab = torch.empty(max(self.SLAB, size), dtype=torch.uint8)
+            self._used = 0
+        piece = self._slab[self._used : self._used + size]
+        self._used += -(-size // 64) * 64  # the next starts aligned
+        return piece.view(source.dtype).view(source.shape)
 
     def give_back(self, buffers: Sequence[Tensor]) -> None:
         """Return buffers for reuse."""

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import _checks, estimators
 from ..errors import LossNotRegistered
 from ..estimators import Estimator, EstimatorMemory, Situation
-from ..inner import GradientTransform
+from ..inner import GradientTransform, verify
 from ..problem import BilevelProblem, ModuleSet, WeightedCall
 from ..second_order import uncompiled
 from . import estimation, state
@@ -317,17 +317,19 @@ class BilevelOptimizer(DelegatingOptimizer):
         )
         chosen = estimator or self._estimator
         chosen.check(self.inners)
+        estimation.check_window(situation)
+        if self._recorder.to_verify is not None:
+            verify(self.problem, self._recorder.to_verify, self._transform)
+            self._recorder.to_verify = None
         parts, report, estimate = estimation.run(
             situation,
             chosen,
             calls,
             values,
-            to_verify=self._recorder.to_verify,
             unused=self.unused,
             strict=self.strict,
             warn=self._warn_once,
         )
-        self._recorder.to_verify = None
         self.last_report = report
         if own and estimate.adjoint is not None:
             self._adjoints[names] = estimate.adjoint

@@ -1,4 +1,4 @@
-"""One hypergradient: verify, differentiate the outer loss, estimate, check, report."""
+"""One hypergradient: differentiate the outer loss, estimate, check, report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ..errors import (
     ZeroHypergradientWarning,
 )
 from ..estimators import Estimate, Estimator, Situation
-from ..inner import StepRecord, verify
 from ..problem import (
     BilevelProblem,
     OuterGradients,
@@ -38,7 +37,6 @@ def run(
     calls: Sequence[WeightedCall],
     values: Sequence[Tensor] | None,
     *,
-    to_verify: StepRecord | None,
     unused: str,
     strict: bool,
     warn: Warn,
@@ -50,7 +48,6 @@ def run(
         estimator: the estimator.
         calls: calls of outer losses with weights.
         values: their losses, if already evaluated.
-        to_verify: a step to verify first, or None.
         unused: ``"error"`` or ``"zero"``.
         strict: negative curvature raises.
         warn: called with a class and a text.
@@ -60,9 +57,6 @@ def run(
     """
     problem = situation.problem
     began, products = time.perf_counter(), problem.num_products
-    check_window(situation)
-    if to_verify is not None:
-        verify(problem, to_verify, situation.transform)
     try:
         outer = problem.outer_gradients(calls, values)
         estimate = estimator.estimate(situation, outer)

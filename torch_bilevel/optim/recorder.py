@@ -37,6 +37,14 @@ def _on_gradient(loss: Tensor, hook: Callable[[Tensor], None]) -> None:
     loss.grad_fn._register_hook_dict(loss)  # type: ignore[attr-defined]
 
 
+def _number(weight: Tensor) -> Tensor | float:
+    """A weight to keep: a number where reading it costs nothing.
+
+    On the CPU a tensor of 4 bytes that outlives the step pins a hole in the heap.
+    """
+    return weight.item() if weight.device.type == "cpu" else weight.detach()
+
+
 _NOTHING = Part(hyper=[], groups=[], present=[])
 
 
@@ -155,7 +163,7 @@ class Recorder:
                 self.pending = []
             self._freeze()  # activation checkpointing runs the forward again
             Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
-        self.pending.append((call, weight.detach()))
+        self.pending.append((call, _number(weight)))
 
     def _after_backward(self) -> None:
         self.thaw()
@@ -304,11 +312,11 @@ class Recorder:
     def _unscaled(self, fused_scale: Tensor | None) -> list[WeightedCall]:
         scale = fused_scale
         if scale is None and self.grad_scaler is not None and self.pending:
-            one = torch.ones((), device=self.pending[0][1].device)
+            one = torch.ones((), device=self.present.inner.layout.device)
             scale = self.grad_scaler.scale(one)
         if scale is None:
             return self.pending
-        return [(call, weight / scale) for call, weight in self.pending]
+        return [(call, _number(weight / scale)) for call, weight in self.pending]
 
     def _after_step(
         self,

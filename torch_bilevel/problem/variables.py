@@ -53,13 +53,17 @@ class Variables:
         )
 
     @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """At exit, also by exception, every parameter has the value it had at entry."""
+    def swapped(self) -> Iterator[list[Tensor]]:
+        """At exit, also by exception, every parameter has the value it had at entry.
+
+        Yields:
+            Copies of the values at entry.
+        """
         saved = [tensor.detach().clone() for tensor in self.tensors]
         point = self.point
         self.depth += 1
         try:
-            yield
+            yield saved
         finally:
             self.overwrite(saved)
             self.depth -= 1
