@@ -1,4 +1,6 @@
-"""Clean a training set whose labels were corrupted.
+"""
+Clean a training set whose labels were corrupted
+================================================
 
 One weight per training example is the outer variable. The training loop is the usual one; the
 library watches it and moves the weights by the gradient of the loss on a small clean validation
@@ -205,7 +207,7 @@ def draw(path, x, given, weights, corrupted, history):
 
 def parse_arguments(argv):
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--data", metavar="DIR", help="folder with MNIST idx files")
     parser.add_argument(
         "--corruption", type=float, default=0.4, help="fraction of wrong labels"

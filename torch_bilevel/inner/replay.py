@@ -71,8 +71,9 @@ class Reversed:
                     f"parameters the optimizer produced: the difference is {error:.2e} of the "
                     "step. The gradient of this step was changed after backward() (clipping "
                     "without optimizer.gradient_transform(...), a hook), a parameter was "
-                    "written to by something else than the optimizer, or a term outside the "
-                    "registered losses was added after the first step."
+                    "written to by something else than the optimizer, gradients were left over "
+                    "from the step before (no zero_grad()), or a term outside the registered "
+                    "losses was added after the first step."
                 )
 
 

@@ -1,0 +1,199 @@
+"""README, docs and examples run as written."""
+
+import csv
+import difflib
+import inspect
+import re
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import torch_bilevel as tb
+from torch_bilevel.solvers import Operator
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf8"), re.S)
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(2)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+def images(n):
+    return TensorDataset(torch.randn(n, 5), torch.randint(0, 3, (n,)), torch.arange(n))
+
+
+def test_the_readme_runs():
+    train_set = images(200)
+    pairs = TensorDataset(*train_set.tensors[:2])
+    space = {
+        "Net": lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)),
+        "train_set": train_set,
+        "train_loader": DataLoader(train_set, 5, shuffle=True),
+        "valid_loader": DataLoader(pairs, 20),
+    }
+    code = blocks("README.md")
+    assert code
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tb.BilevelWarning)
+        for block in code:
+            exec(compile(block, "README.md", "exec"), space)
+    assert space["optimizer"].outer_steps >= 2
+    assert (space["weights"] != 0).any()
+
+
+def test_the_quickstart_runs(capsys):
+    X = torch.randn(400, 20)
+    y = X[:, :3].sum(1) + 0.1 * torch.randn(400)
+    data = TensorDataset(X, y)
+    space = {
+        "train_loader": DataLoader(data, 10, shuffle=True),
+        "valid_loader": DataLoader(data, 50),
+    }
+    for block in blocks("docs/quickstart.md"):
+        exec(compile(block, "quickstart.md", "exec"), space)
+    printed = capsys.readouterr().out
+    assert "outer step 2" in printed and "relative error" in printed
+
+
+def test_the_solver_and_the_rule_of_the_docs_work():
+    solver, rule = blocks("docs/extending.md")
+    space = {"__name__": "steepest"}
+    exec(solver, space)
+    A = torch.diag(torch.tensor([1.0, 3.0]))
+    made = space["SteepestDescent"](max_steps=100)
+    found = made.solve(Operator(A.mv, 2), torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(found.value, torch.ones(2))
+    exec(rule, space)
+    y = torch.randn(4, requires_grad=True)
+    optimizer = torch.optim.RMSprop([y], lr=0.1)
+    state, value = {}, y.detach().clone()
+    for _ in range(3):
+        y.grad = torch.randn(4)
+        optimizer.step()
+        value, state = space["RMSPROP"].step(
+            value, y.grad, state, optimizer.param_groups[0]
+        )
+    torch.testing.assert_close(value, y.detach())
+
+
+def test_every_error_has_an_entry_in_the_troubleshooting_page():
+    text = (ROOT / "docs/troubleshooting.md").read_text("utf8")
+    for name in tb.errors.__all__:
+        if name not in ("BilevelWarning",):
+            assert f"`{name}`" in text or f"`tb.{name}`" in text, name
+
+
+def test_every_estimator_is_in_the_table_of_the_choosing_page():
+    text = (ROOT / "docs/choosing.md").read_text("utf8")
+    for name in set(tb.estimators()) - {"richardson"}:
+        assert f'`"{name}' in text, name
+
+
+def test_ci_runs_the_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text("utf8").splitlines()
+    commands = [line for line in readme if line.startswith("python3 -m venv")]
+    assert len(commands) == 2 and all("-c constraints.txt" in c for c in commands)
+    assert "examples/data_cleaning.py" in commands[0] and '".[test]"' in commands[1]
+    assert "grep -F '\".[test]\"' README.md" in (ROOT / ".ci/run").read_text("utf8")
+
+
+# --- examples ---------------------------------------------------------------------------------
+
+
+def example(name):
+    return runpy.run_path(str(ROOT / "examples" / name), run_name="example")
+
+
+@pytest.mark.parametrize("estimator", list(tb.estimators()))
+def test_data_cleaning_on_digits(estimator, tmp_path, capsys):
+    """At least 3 points better than without cleaning (identity: no worse)."""
+    table = example("data_cleaning.py")["main"](
+        ["--estimator", estimator, "--output", str(tmp_path)]
+    )
+    without, with_, oracle = (
+        float(table[f"test accuracy {kind}"].split()[0])
+        for kind in ("without cleaning", "with cleaning", "of the oracle")
+    )
+    assert with_ >= without + (0 if estimator == "identity" else 3)
+    assert float(table["F1"]) > 0.85 and oracle > 95
+    assert table["weights that received a gradient"] == "100.0 %"
+    with (tmp_path / "weights.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1000 and sum(int(r["corrupted"]) for r in rows) == 400
+    assert all(
+        (r["given_label"] != r["true_label"]) == (r["corrupted"] == "1") for r in rows
+    )
+    assert (tmp_path / "cleaning.png").stat().st_size > 10000
+    assert "precision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--corruption", "1"], r"must lie in \[0, 1\)"),
+        (["--corruption", "-0.1"], r"must lie in \[0, 1\)"),
+        (["--estimator", "cgg"], r"Did you mean 'cg'"),
+        (["--estimator", "cg(max_steps=0)"], r"whole number"),
+        (["--data", "/nowhere"], r"no file train-images-idx3-ubyte"),
+        (["--data", "{truncated}"], r"truncated"),
+        (["--data", "{broken}"], r"cannot be read"),
+        (["--inner-steps", "0"], r"--inner-steps must be at least 1"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    for folder, content in (
+        ("truncated", b"\0\0\x08\x01\0\0\0\x05ab"),
+        ("broken", None),
+    ):
+        (tmp_path / folder).mkdir()
+        name = "train-images-idx3-ubyte" + ("" if content else ".gz")
+        (tmp_path / folder / name).write_bytes(content or b"\x1f\x8bnot gzip")
+    places = {"truncated": tmp_path / "truncated", "broken": tmp_path / "broken"}
+    arguments = [a.format(**places) for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["data_cleaning.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "examples/data_cleaning.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert re.search(message, printed.err) and printed.err.strip().count("\n") == 0
+    assert printed.err.startswith("error: ")
+
+
+def test_drop_in_differs_in_few_lines():
+    space = example("drop_in.py")
+    a, b = (
+        inspect.getsource(space[name]).splitlines()[2:]
+        for name in ("ordinary", "bilevel")
+    )
+    strip = lambda line: re.sub(r"\s+# [+~]$", "", line)  # noqa: E731
+    changes = [
+        line
+        for line in difflib.ndiff(list(map(strip, a)), list(map(strip, b)))
+        if line[0] in "+-" and line[2:].strip()
+    ]
+    added = sum(line[0] == "+" for line in changes)
+    removed = sum(line[0] == "-" for line in changes)
+    assert removed <= 1 and added <= 10
+    marked = [line for line in b if re.search(r"# [+~]$", line)]
+    assert len(marked) in (added, added + 1)  # what differs is marked
+
+
+def test_drop_in_runs():
+    results = example("drop_in.py")["main"]()
+    assert results["bilevel"] > results["ordinary"] + 10
