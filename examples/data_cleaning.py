@@ -207,7 +207,9 @@ def draw(path, x, given, weights, corrupted, history):
 
 def parse_arguments(argv):
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Learn which training labels to trust."
+    )
     parser.add_argument("--data", metavar="DIR", help="folder with MNIST idx files")
     parser.add_argument(
         "--corruption", type=float, default=0.4, help="fraction of wrong labels"

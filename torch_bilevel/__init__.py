@@ -1,10 +1,10 @@
 """Bilevel optimization for PyTorch, in the training loop you already have.
 
-outer variables x    what is learned by the validation loss: data weights, penalties, ...
-inner variables y    what the training loss trains: the parameters of your model
-hypergradient        ∇Φ(x) of Φ(x) = f(x, y*(x)), the gradient of the validation loss after
-                     training, with respect to x
-estimator            a way to compute it: implicit ("cg", "neumann", ...) or "unrolled"
+- *outer variables* x: what the validation loss teaches (data weights, penalties, ...)
+- *inner variables* y: what the training loss trains, the parameters of your model
+- *hypergradient*: ∇Φ(x) of Φ(x) = f(x, y*(x)), the gradient with respect to x of the validation
+  loss after training
+- *estimator*: a way to compute it, implicit (``"cg"``, ``"neumann"``, ...) or ``"unrolled"``
 
 >>> import torch, torch_bilevel as tb
 >>> tb.estimator("cg(max_steps=10)").solver

@@ -17,8 +17,8 @@ from .base import Memory, Operator, Solution, Solver, relative, solution
 class Direct(Solver):
     """Build A with one product per parameter and solve exactly.
 
-    A singular system gets its least-squares solution of least norm, with eigenvalues below
-    n·eps·|λ|_max counted as zero.
+    A singular system gets its least-squares solution of least norm, with eigenvalues smaller
+    than n·eps times the largest counted as zero.
 
     Needs: few inner parameters. Costs: n products, n² numbers, O(n³) time.
 
