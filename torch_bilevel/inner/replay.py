@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import OpaqueStep, ReplayMismatch
 from ..problem import BilevelProblem
 from .rule import UpdateRule
-from .trajectory import StepRecord
+from .trajectory import Pool, StepRecord, copy_states, tensors_of
 from .transforms import GradientTransform
 from .verification import consumed, tolerance
 
@@ -118,7 +118,7 @@ def reverse(
     )
     first = len(earlier)
     records = [*earlier, *steps]
-    stepper = Stepper(problem, rules, transform)
+    stepper = Stepper(problem, rules, transform, Pool())
     value_adjoint = _split(layout, adjoint)
     state_adjoint: list[dict[str, Tensor]] = [{} for _ in value_adjoint]
     with problem.inner.swapped() as following:
@@ -154,6 +154,8 @@ def reverse(
                 following = point.values
                 del at  # its graph, before the next step's is built
             end = begin
+            for point in points[1:]:  # the first is the record's own
+                stepper.pool.give_back(tensors_of(point.values, point.states))
             del points
     result.inner = layout.flatten(value_adjoint)
     return result
@@ -179,6 +181,7 @@ class Stepper:
         problem: the problem, at whose parameters gradients are evaluated.
         rules: the update rule of each inner optimizer.
         transform: the loop's gradient transform.
+        pool: where iterates that are stepped through again are kept for a moment.
     """
 
     def __init__(
@@ -186,10 +189,12 @@ class Stepper:
         problem: BilevelProblem,
         rules: Sequence[UpdateRule],
         transform: GradientTransform | None,
+        pool: Pool,
     ):
         self.problem = problem
         self.rules = rules
         self.transform = transform
+        self.pool = pool
 
     def forward(self, records: Sequence[StepRecord]) -> list[Point]:
         """The points before each of the records, the first of which has its iterate."""
@@ -208,7 +213,7 @@ class Stepper:
                 values, states = self.apply(
                     record, points[-1].values, gradients, points[-1].states
                 )
-            points.append(Point(values, states))
+            points.append(Point(self.pool.copy(values), copy_states(states, self.pool)))
         return points
 
     def apply(

@@ -248,11 +248,7 @@ class Window:
     def _release(self, record: StepRecord) -> None:
         self._count_batches(record, -1)
         for part in record.parts.values():
-            self.pool.give_back(part.values or ())
-            for state in part.state or ():
-                self.pool.give_back(
-                    [v for v in state.values() if isinstance(v, Tensor)]
-                )
+            self.pool.give_back(tensors_of(part.values or (), part.state or ()))
             part.values = part.state = None
 
 
@@ -289,10 +285,7 @@ def take_part(
     )
     if pool is not None:
         part.values = pool.copy(parameters)
-        part.state = [
-            _copy_state(optimizer.state.get(parameter, {}), pool)
-            for parameter in parameters
-        ]
+        part.state = copy_states([optimizer.state.get(p, {}) for p in parameters], pool)
     if gradients:
         part.gradient = [
             None
@@ -305,11 +298,25 @@ def take_part(
     return part
 
 
-def _copy_state(state: dict[str, Any], pool: Pool) -> dict[str, Any]:
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    copies = dict(zip(tensors, pool.copy(list(tensors.values())), strict=True))
-    others = {k: v for k, v in state.items() if k not in tensors and v is not None}
-    return {**others, **copies}
+def copy_states(states: Sequence[dict[str, Any]], pool: Pool) -> list[dict[str, Any]]:
+    """Copies of optimizer states, tensors in buffers of the pool; None entries dropped."""
+    copies = []
+    for state in states:
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        buffers = dict(zip(tensors, pool.copy(list(tensors.values())), strict=True))
+        others = {k: v for k, v in state.items() if k not in tensors and v is not None}
+        copies.append({**others, **buffers})
+    return copies
+
+
+def tensors_of(
+    values: Sequence[Tensor], states: Sequence[dict[str, Any]]
+) -> list[Tensor]:
+    """Every tensor of an iterate."""
+    return [
+        *values,
+        *(v for state in states for v in state.values() if isinstance(v, Tensor)),
+    ]
 
 
 def free_memory(record: StepRecord) -> int:
