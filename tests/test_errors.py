@@ -90,15 +90,69 @@ def outer_loss_is_not_finite():
 
 
 def inner_loss_ignores_the_model():
-    y, x = leaf(2), leaf(2)
+    y, x, other = leaf(2), leaf(2), leaf(2)
     optimizer = tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([x], lr=0.1))
-    other = leaf(2)
-    train = optimizer.inner_loss(lambda: (x * other).sum())
+    first = optimizer.inner_loss(lambda: (x * y**2).sum())
+    second = optimizer.inner_loss(lambda: (x * other).sum())
     optimizer.outer_loss(lambda: y.sum())
-    y.grad = torch.ones(2)
-    train().backward()
+    (first() + second()).backward()
     optimizer.step()
     optimizer.outer_step()
+
+
+def gradients_by_autograd_grad():
+    y, x = leaf(2), leaf(2)
+    optimizer = tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([x], lr=0.1))
+    train = optimizer.inner_loss(lambda: (x * y**2).sum())
+    optimizer.outer_loss(lambda: y.sum())
+    (y.grad,) = torch.autograd.grad(train(), [y])
+    optimizer.step()
+    optimizer.outer_step()
+
+
+def no_zero_grad():
+    problem = Ridge()
+    optimizer = problem.optimizer()
+    for _ in range(2):
+        problem.train().backward()
+        optimizer.step()
+    optimizer.outer_step()
+
+
+def outer_does_not_require_grad():
+    plain(outer=SGD([torch.zeros(2)], lr=0.1))
+
+
+def batch_of_a_wrong_shape():
+    setup = Setup()
+    setup.optimizer.outer_losses.clear()
+    data = (torch.ones(6), torch.ones(6))
+    setup.optimizer.outer_loss(lambda x, y: (x * y * setup.w).sum(), data=data)
+    setup.go()
+
+
+def data_as_the_function():
+    plain().outer_loss([1, 2])
+
+
+def loss_argument_is_no_loss():
+    setup = Setup()
+    setup.optimizer.hypergradient(loss=3.0)
+
+
+def inside_inference_mode():
+    setup = Setup()
+    with torch.inference_mode():
+        setup.optimizer.hypergradient()
+
+
+def unrolled_after_steps_of_another_estimator():
+    setup = Setup("unrolled")
+    setup.optimizer.estimator = "cg"
+    setup.problem.steps(setup.optimizer)
+    setup.optimizer.estimator = "unrolled"
+    setup.problem.steps(setup.optimizer)
+    setup.go()
 
 
 def outer_loss_ignores_the_model():
@@ -454,6 +508,14 @@ TABLE = [
         r"outer loss is (nan|inf|-inf).*learning rate",
     ),
     (inner_loss_ignores_the_model, tb.Disconnected, r"inner loss.*any inner parameter"),
+    (gradients_by_autograd_grad, tb.UnregisteredTerm, r"autograd\.grad does not count"),
+    (no_zero_grad, tb.UnregisteredTerm, r"zero_grad\(\) before every backward"),
+    (outer_does_not_require_grad, tb.UnsupportedParameter, r"requires_grad=True"),
+    (batch_of_a_wrong_shape, tb.InvalidLoss, r"1 argument.*data=\[\(X, y\)\]"),
+    (data_as_the_function, TypeError, r"outer_loss\(data=loader\)"),
+    (loss_argument_is_no_loss, tb.LossNotRegistered, r"loss=3\.0 is not a registered"),
+    (inside_inference_mode, tb.BilevelError, r"inference_mode"),
+    (unrolled_after_steps_of_another_estimator, tb.NoInnerStep, r"keeps no iterates"),
     (outer_loss_ignores_the_model, tb.Disconnected, r"outer loss.*any inner parameter"),
     (outer_loss_has_no_graph, tb.Disconnected, r"no graph.*no_grad"),
     (outer_variable_in_neither_loss, tb.UnusedOuter, r"outer\[1\].*unused='zero'"),

@@ -61,9 +61,7 @@ def test_imports_point_down(path):
 )
 def test_files_and_functions_are_short(path):
     text = path.read_text("utf8")
-    limit = (
-        470 if path.name == "bilevel.py" else 400
-    )  # one class, a third of it docstrings
+    limit = 410 if path.name == "bilevel.py" else 400
     assert len(text.splitlines()) <= limit
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

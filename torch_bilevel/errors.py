@@ -16,6 +16,7 @@ __all__ = [
     "NegativeCurvature",
     "NegativeCurvatureWarning",
     "NoInnerStep",
+    "NoOuterStepWarning",
     "NoSecondDerivative",
     "NoUpdateRule",
     "NonFinite",
@@ -89,6 +90,10 @@ class NegativeCurvature(BilevelError):
 
 class NegativeCurvatureWarning(BilevelWarning):
     """As `NegativeCurvature`, when the solver stopped at its last good iterate."""
+
+
+class NoOuterStepWarning(BilevelWarning):
+    """Inner steps were recorded and no outer step made use of them."""
 
 
 class ZeroHypergradientWarning(BilevelWarning):

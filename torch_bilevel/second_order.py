@@ -44,6 +44,19 @@ def uncompiled(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def uncompiled_method(method: F) -> F:
+    """As `uncompiled`, for a method; dynamo is not imported before it is called."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            disabled = torch.compiler.disable(method)
+            return disabled(self, *args, **kwargs)  # type: ignore[operator]
+        return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
 class _WeightNormByDefinition(TorchFunctionMode):
     """w = g v/‖v‖ from differentiable operations."""
 

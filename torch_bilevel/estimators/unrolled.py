@@ -77,7 +77,8 @@ class Unrolled(Estimator):
         steps = situation.window.steps()
         records = list(situation.window)
         earlier = records[: len(records) - len(steps)]
-        if not [*earlier, *steps][0].has_iterate:
+        whole = all(record.replayable for record in records)
+        if not records[0].has_iterate or not whole:
             raise NoInnerStep(
                 "The steps since the last outer step were recorded for an estimator that keeps "
                 "no iterates, so they cannot be unrolled. Set optimizer.estimator = 'unrolled' "

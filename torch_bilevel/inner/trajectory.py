@@ -65,6 +65,11 @@ class StepRecord:
         """Whether the parameters before the step were recorded."""
         return all(part.values is not None for part in self.parts.values())
 
+    @property
+    def replayable(self) -> bool:
+        """Whether hyperparameters were recorded, for an estimator that replays."""
+        return all(part.hyper for part in self.parts.values())
+
     def present(self) -> list[bool]:
         """Per parameter, whether it had a gradient, over all inner optimizers."""
         return [there for i in sorted(self.parts) for there in self.parts[i].present]

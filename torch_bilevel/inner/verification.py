@@ -138,6 +138,10 @@ def raise_mismatch(
             hint += (
                 " A gradient_transform is declared; it does not describe what happened."
             )
+        hint += (
+            " If the loss reads a Python value that changed since, pass it as an argument; if an "
+            "outer variable was written to since, restart() after writing."
+        )
         raise ReplayMismatch(f"{seen} The two are parallel. {hint}")
     raise UnregisteredTerm(
         f"{seen} The two are not parallel: something else was back-propagated. Move every term "
@@ -145,7 +149,8 @@ def raise_mismatch(
         "register it as another inner loss. Other causes: a gradient edited by hand or by a "
         "hook, element-wise clipping without gradient_transform(tb.clip_grad_value(...)), a "
         "random operation with a generator of its own, gradients left over from before "
-        "(no zero_grad()), or data changed behind the library's back."
+        "(no zero_grad()), or a batch or value that the loss reads from outside its arguments and "
+        "that changed since (pass it as an argument)."
     )
 
 

@@ -10,31 +10,36 @@ import contextlib
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _checks, estimators
-from ..errors import LossNotRegistered
+from ..errors import (
+    BilevelError,
+    LossNotRegistered,
+    NoOuterStepWarning,
+)
 from ..estimators import Estimator, EstimatorMemory, Situation
-from ..inner import GradientTransform, verify
-from ..problem import BilevelProblem, ModuleSet, WeightedCall
-from ..second_order import uncompiled
+from ..inner import verify
+from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
+from ..second_order import uncompiled, uncompiled_method
 from . import estimation, state
-from .data import OuterData
 from .delegation import DelegatingOptimizer
 from .explain import explain
+from .hooks import take_over, users_frame, weak
 from .levels import build, check_levels, fits
-from .losses import InnerLoss, OuterLoss, outer_calls
+from .losses import outer_calls
 from .recorder import Recorder
+from .registry import LossRegistry
 from .report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class BilevelOptimizer(DelegatingOptimizer):
+class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
     """Train ``inner`` as before and ``outer`` by the gradient of a validation loss.
 
         min_x f(x, y*(x)),    y*(x) = argmin_y g(x, y)
@@ -114,16 +119,18 @@ class BilevelOptimizer(DelegatingOptimizer):
         self.verify_every = verify_every
         self.max_record_bytes = max_record_bytes
         self.last_report: Report | None = None
+        self._step_report: Report | None = None  # of the coming outer step
         self.history: deque[Report] = deque(maxlen=history)
         self.outer_steps = 0
-        self.inner_losses: dict[str, InnerLoss] = {}
-        self.outer_losses: dict[str, OuterLoss] = {}
-        self._modules = ModuleSet(
-            (modules,) if isinstance(modules, nn.Module) else tuple(modules)
-        )
+        self.inner_losses = {}
+        self.outer_losses = {}
+        given = (modules,) if isinstance(modules, nn.Module) else tuple(modules or ())
+        if not all(isinstance(module, nn.Module) for module in given):
+            raise TypeError(f"modules={modules!r}: pass a module or several.")
+        self._modules = ModuleSet(given)
         self._estimator = estimators.parse(estimator)
         self._estimator.check(self.inners)
-        self._transform: GradientTransform | None = None
+        self._transform = None
         self._memories: dict[tuple[str, ...], EstimatorMemory] = {}
         self._adjoints: dict[tuple[str, ...], Tensor] = {}  # of the coming outer step
         self._warned: set[type[Warning]] = set()
@@ -137,103 +144,9 @@ class BilevelOptimizer(DelegatingOptimizer):
             self._after_inner_step,
         )
         self._recorder.watch_outer(self.problem.outer.tensors)
-        self.hypergradient = uncompiled(self.hypergradient)  # type: ignore[method-assign]
-        hook = uncompiled(self._after_outer_step)
+        take_over(self)
+        hook = uncompiled(weak(self._after_outer_step))
         self._recorder._handles.append(outer.register_step_post_hook(hook))
-
-    # --- losses -----------------------------------------------------------------------
-
-    def inner_loss(self, function: F) -> F:
-        """Register an inner loss g; a decorator.
-
-        The decorated function returns what ``function`` returns: a scalar tensor, a tuple whose
-        first item is one, or an object with ``.loss``. What is back-propagated of it, with its
-        weight, is the inner objective; several may be registered.
-
-        Args:
-            function: computes the training loss; every use of an outer variable lies inside it.
-
-        Returns:
-            The function to call in the loop.
-        """
-        return self._register(self.inner_losses, InnerLoss(self, function))  # type: ignore[return-value]
-
-    @overload
-    def outer_loss(
-        self,
-        function: F,
-        *,
-        data: Any = ...,
-        batches: int | str = ...,
-        weight: float = ...,
-    ) -> F: ...
-    @overload
-    def outer_loss(
-        self,
-        function: None = ...,
-        *,
-        data: Any = ...,
-        batches: int | str = ...,
-        weight: float = ...,
-    ) -> Callable[[F], F]: ...
-    def outer_loss(
-        self,
-        function: Any = None,
-        *,
-        data: Any = None,
-        batches: int | str = 1,
-        weight: float = 1.0,
-    ) -> Any:
-        """Register an outer loss f; a decorator, with or without arguments.
-
-        ``backward()`` of what the decorated function returns *is* the hypergradient, times the
-        incoming weight; the inner ``.grad`` stays as it is. Under ``torch.no_grad()`` it is an
-        ordinary evaluation.
-
-        Args:
-            function: computes the validation loss.
-            data: where automatic outer steps draw from: an iterable (restarted when it ends), an
-                iterator, or a callable. A tuple or list is unpacked into arguments.
-            batches: average over so many batches a step, or ``"all"``; one solve all the same.
-            weight: its weight in the sum, when several outer losses are registered.
-
-        Returns:
-            The function to call.
-        """
-        if function is None:
-            return lambda f: self.outer_loss(
-                f, data=data, batches=batches, weight=weight
-            )
-        if batches != "all":
-            _checks.positive_int("outer_loss", "batches", batches)
-        name = getattr(function, "__name__", type(function).__name__)
-        source = None if data is None else OuterData(data, batches, name)
-        return self._register(
-            self.outer_losses, OuterLoss(self, function, source, weight)
-        )
-
-    def _register(self, losses: dict[str, Any], loss: Any) -> Any:
-        number, name = 2, loss.name
-        while loss.name in losses:
-            loss.name, number = f"{name}_{number}", number + 1
-        losses[loss.name] = loss
-        return loss
-
-    def gradient_transform(self, transform: GradientTransform) -> GradientTransform:
-        """Describe what the loop does to the gradients between backward and step.
-
-        It never acts. Unrolled estimators differentiate through it; every estimator needs it to
-        recognise the step as its own.
-
-        Args:
-            transform: a function of the list of gradients of the inner parameters that have
-                one, such as ``tb.clip_grad_norm(1.0)``.
-
-        Returns:
-            The transform, so that this can be a decorator.
-        """
-        self._transform = transform
-        return transform
 
     # --- steps ------------------------------------------------------------------------
 
@@ -259,6 +172,7 @@ class BilevelOptimizer(DelegatingOptimizer):
         assert self.last_report is not None
         return self.last_report
 
+    @uncompiled_method
     def hypergradient(
         self,
         *args: Any,
@@ -281,6 +195,11 @@ class BilevelOptimizer(DelegatingOptimizer):
         Returns:
             One tensor per outer variable.
         """
+        if torch.is_inference_mode_enabled():
+            raise BilevelError(
+                "hypergradient() was called inside torch.inference_mode(), where nothing can be "
+                "differentiated. Call it outside."
+            )
         chosen = None if estimator is None else estimators.parse(estimator)
         calls, names = outer_calls(self, args, kwargs, loss)
         parts = self._estimate(calls, names, None, chosen)
@@ -317,20 +236,24 @@ class BilevelOptimizer(DelegatingOptimizer):
         )
         chosen = estimator or self._estimator
         chosen.check(self.inners)
-        estimation.check_window(situation)
-        if self._recorder.to_verify is not None:
-            verify(self.problem, self._recorder.to_verify, self._transform)
-            self._recorder.to_verify = None
-        parts, report, estimate = estimation.run(
-            situation,
-            chosen,
-            calls,
-            values,
-            unused=self.unused,
-            strict=self.strict,
-            warn=self._warn_once,
-        )
+        estimation.check_window(situation, self.outer_steps, self._recorder.leftover)
+        # The caller may be inside an autocast region of its own.
+        with autocast([(kind, False, None) for kind in self.problem.device_types]):
+            if self._recorder.to_verify is not None:
+                verify(self.problem, self._recorder.to_verify, self._transform)
+                self._recorder.to_verify = None
+            parts, report, estimate = estimation.run(
+                situation,
+                chosen,
+                calls,
+                values,
+                unused=self.unused,
+                strict=self.strict,
+                warn=self._warn_once,
+            )
         self.last_report = report
+        if own:
+            self._step_report = report
         if own and estimate.adjoint is not None:
             self._adjoints[names] = estimate.adjoint
         return parts
@@ -338,26 +261,44 @@ class BilevelOptimizer(DelegatingOptimizer):
     def _warn_once(self, category: type[Warning], text: str) -> None:
         if category not in self._warned:
             self._warned.add(category)
-            warnings.warn(text, category, stacklevel=4)
+            warnings.warn(text, category, stacklevel=users_frame())
 
     def _after_inner_step(self) -> None:
-        if self.inner_steps and self._recorder.window.count >= self.inner_steps:
+        count = self._recorder.window.count
+        if self.inner_steps and count >= self.inner_steps:
             self.outer_step()
+        elif count == 1000 and any(loss.data for loss in self.outer_losses.values()):
+            self._warn_once(
+                NoOuterStepWarning,
+                "1,000 inner steps were recorded without an outer step, although an outer loss "
+                f"has data (inner_steps={self.inner_steps}). Pass inner_steps= to take outer "
+                "steps automatically, or call optimizer.outer_step().",
+            )
 
     def _after_outer_step(self, *_: Any) -> None:
         """Close the window: adjoints become warm starts, records are dropped."""
         for names, adjoint in self._adjoints.items():
             self._memories.setdefault(names, EstimatorMemory()).adjoint = adjoint
         self._adjoints.clear()
+        dropped = len(self._recorder.window)
         self._recorder.window.clear()
         self.outer_steps += 1
         if self.verify_every and self.outer_steps % self.verify_every == 0:
             self._recorder.verify_next = True
-        if self.last_report is not None and not self.last_report.outer_step:
-            self.last_report.outer_step = self.outer_steps
-            self.history.append(self.last_report)
+        report, self._step_report = self._step_report, None
+        if report is None and dropped:
+            self._warn_once(
+                NoOuterStepWarning,
+                f"outer.step() was called without a hypergradient: {dropped} recorded inner "
+                "steps were dropped. Call optimizer.outer_step(...), or back-propagate the "
+                "registered outer loss first.",
+            )
+        if report is not None:
+            report.outer_step = self.outer_steps
+            self.last_report = report
+            self.history.append(report)
             for hook in list(self._outer_hooks.values()):
-                hook(self, self.last_report)
+                hook(self, report)
 
     # --- control ----------------------------------------------------------------------
 
@@ -419,22 +360,30 @@ class BilevelOptimizer(DelegatingOptimizer):
 
     @property
     def problem(self) -> BilevelProblem:
-        """Both levels at the live parameters; follows added parameter groups."""
+        """Both levels at the live parameters; rebuilt when parameter groups change."""
         known = self._problem
         if known is None or not fits(known, self.inners, self.outer):
-            self._problem = build(self.inners, self.outer, self._modules)
-            if known is not None:
-                self._recorder.window.clear()
-                self._recorder.present = self._problem
-                self._memories.clear()
-            return self._problem
+            return self._rebuild()
         return known
+
+    def _rebuild(self) -> BilevelProblem:
+        """Follow the optimizers' parameter groups; what was recorded of others is dropped."""
+        again = self._problem is not None
+        self._problem = build(self.inners, self.outer, self._modules)
+        if again:
+            self._recorder.restart()
+            self._recorder.present = self._problem
+            self._recorder.watch_outer(self._problem.outer.tensors)
+            self._memories.clear()
+            self._adjoints.clear()
+        return self._problem
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact resume needs, loadable with ``weights_only=True``.
 
-        Both optimizers' states, counters, adjoints, the position in the outer data, and the steps
-        recorded since the last outer step. Values of parameters are the modules' business.
+        Both optimizers' states, the values of the outer variables, counters, adjoints, the
+        position in the outer data, and the steps recorded since the last outer step. Values of
+        inner parameters are not included: save the model's ``state_dict`` beside it.
 
         Returns:
             A dictionary of plain types and tensors.

@@ -87,12 +87,17 @@ def run(
     return gradients, report, estimate
 
 
-def check_window(situation: Situation) -> None:
+def check_window(situation: Situation, outer_steps: int, leftover: bool) -> None:
     """Refuse when there is nothing to differentiate.
+
+    Args:
+        situation: has the window.
+        outer_steps: how many outer steps were taken.
+        leftover: gradients of the first step were still there when the second began.
 
     Raises:
         NoInnerStep: no step was recorded.
-        UnregisteredTerm: a step consumed a gradient that no registered loss produced.
+        UnregisteredTerm: a step consumed a gradient that no registered loss explains.
     """
     steps = situation.window.steps()
     if not steps:
@@ -101,14 +106,27 @@ def check_window(situation: Situation) -> None:
             "differentiate. Call the function registered with @optimizer.inner_loss, "
             "back-propagate what it returns and step the inner optimizer first (steps inside "
             "optimizer.paused() do not count)."
+            + (
+                f" Outer step {outer_steps} used the steps before it; the next needs new ones."
+                if outer_steps
+                else ""
+            )
+        )
+    if leftover:
+        raise UnregisteredTerm(
+            "The gradients of the first inner step were still in .grad when the loss of the "
+            "second was back-propagated, so the second step consumed both. Call "
+            "optimizer.zero_grad() before every backward that begins a new step."
         )
     for step in steps:
         if not step.calls:
             raise UnregisteredTerm(
                 f"Inner step {step.index} since the last outer step consumed a gradient, but "
-                "no call of a registered inner loss was back-propagated for it. Compute the "
-                "training loss through the function registered with @optimizer.inner_loss, or "
-                "wrap steps that are not part of the inner problem in `with optimizer.paused():`."
+                "no call of a registered inner loss was back-propagated into .grad of an inner "
+                "parameter for it. Compute the training loss through the function registered "
+                "with @optimizer.inner_loss and call .backward() (torch.autograd.grad does not "
+                "count), or wrap steps that are not part of the inner problem in `with "
+                "optimizer.paused():`."
             )
 
 

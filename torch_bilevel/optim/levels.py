@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BilevelError
+from ..errors import BilevelError, UnsupportedParameter
 from ..problem import BilevelProblem, ModuleSet, Variables
 from .delegation import DelegatingOptimizer
 
@@ -67,6 +67,7 @@ def check_levels(inners: Sequence[Any], outer: Any) -> None:
     Raises:
         TypeError: something is not a plain ``torch.optim`` optimizer.
         BilevelError: a parameter is in both levels.
+        UnsupportedParameter: an outer tensor does not require grad.
     """
     for role, optimizer in [*(("inner", o) for o in inners), ("outer", outer)]:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -80,6 +81,13 @@ def check_levels(inners: Sequence[Any], outer: Any) -> None:
             )
     if not inners:
         raise TypeError("inner= is an empty list; pass at least one optimizer.")
+    constant = [p for p in parameters([outer]) if not p.requires_grad]
+    if constant:
+        raise UnsupportedParameter(
+            f"{len(constant)} tensor(s) of the outer optimizer (first: shape "
+            f"{tuple(constant[0].shape)}) do not require grad. Create outer variables with "
+            "requires_grad=True, or call .requires_grad_() on them."
+        )
     seen = {id(p) for o in inners for g in o.param_groups for p in g["params"]}
     both = [p for g in outer.param_groups for p in g["params"] if id(p) in seen]
     if both:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import LossNotRegistered, StalePoint
-from ..problem import Call, WeightedCall, record, scalar
+from ..errors import InvalidLoss, LossNotRegistered, StalePoint
+from ..problem import Call, WeightedCall, is_evaluating, record, scalar
 from ..second_order import uncompiled
 from .data import OuterData
 
@@ -39,6 +39,10 @@ class InnerLoss:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
         self._call = uncompiled(owner._recorder.call)
+
+    def __deepcopy__(self, memo: Any) -> InnerLoss:
+        """Itself: a copied module that holds it keeps using the same registration."""
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's function returns; remembered if it is back-propagated."""
@@ -72,14 +76,20 @@ class OuterLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's function returns, its loss replaced by one with ∇Φ as gradient."""
-        if not torch.is_grad_enabled():
-            return self.function(*args, **kwargs)  # an ordinary evaluation
+        # An ordinary evaluation: without gradients, or as part of another registered loss.
+        part = is_evaluating() or self.owner._recorder.inside
+        if part or not torch.is_grad_enabled():
+            return self.function(*args, **kwargs)
         return self._call(args, kwargs)
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = Run(self, self.record(args, kwargs))
         loss = HypergradientFunction.apply(run, *run.owner.problem.outer.tensors)
         return run.with_loss(loss)
+
+    def __deepcopy__(self, memo: Any) -> OuterLoss:
+        """Itself: a copied module that holds it keeps using the same registration."""
+        return self
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call as it is made now: present flags, buffers, generators and autocast."""
@@ -190,6 +200,12 @@ def outer_calls(
         LossNotRegistered: there is no loss, or no data to draw from.
     """
     losses = list(optimizer.outer_losses.values()) if loss is None else [loss]
+    if loss is not None and not isinstance(loss, OuterLoss):
+        raise LossNotRegistered(
+            f"loss={loss!r} is not a registered outer loss. loss= chooses one of several; pass "
+            "what @optimizer.outer_loss returned. An argument of that name must be passed to "
+            "your loss by position."
+        )
     if not losses:
         raise LossNotRegistered(
             "No outer loss is registered. Decorate the validation loss with "
@@ -221,6 +237,7 @@ def outer_calls(
         else:
             batches = item.data.draw(optimizer.problem.inner.layout.device)
         for batch in batches:
+            _check_fits(item, batch)
             call = item.record(batch, {})
             call.autocast = autocast or call.autocast
             calls.append((call, item.weight / len(batches)))
@@ -231,6 +248,24 @@ def _last_autocast(optimizer: BilevelOptimizer) -> list:
     """Automatic outer losses run under the autocast of the last inner call."""
     records = [record for record in optimizer._recorder.window if record.calls]
     return records[-1].calls[-1][0].autocast if records else []
+
+
+def _check_fits(loss: OuterLoss, batch: tuple[Any, ...]) -> None:
+    """Say how a batch was unpacked when the loss cannot take it."""
+    try:
+        signature = inspect.signature(loss.function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*batch)
+    except TypeError as error:
+        kinds = ", ".join(type(value).__name__ for value in batch)
+        raise InvalidLoss(
+            f"The outer loss {loss.name!r}{signature} cannot take a batch of its data as "
+            f"{len(batch)} argument(s) ({kinds}): {error}. A tuple or list is unpacked into "
+            "arguments, anything else (a dict, a tensor) is the one argument; data=(X, y) is "
+            "iterated as two batches, data=[(X, y)] as one."
+        ) from None
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:

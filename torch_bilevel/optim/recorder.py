@@ -11,7 +11,6 @@ never back-propagated does not count and ``(loss / 4).backward()`` four times is
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,26 +23,16 @@ from torch.autograd import Variable
 from ..errors import BilevelError, OuterOutsideLoss
 from ..inner import Part, StepRecord, Window
 from ..inner.trajectory import Pool, take_part
-from ..problem import BilevelProblem, Call, WeightedCall, record, scalar
+from ..problem import (
+    BilevelProblem,
+    Call,
+    WeightedCall,
+    is_evaluating,
+    record,
+    scalar,
+)
 from ..second_order import uncompiled
-
-
-def _on_gradient(loss: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """``loss.register_hook(hook)`` without a handle to remove it by, for 15 µs less."""
-    if loss.grad_fn is None or loss._backward_hooks is not None:
-        loss.register_hook(hook)
-        return
-    loss._backward_hooks = OrderedDict({0: hook})
-    loss.grad_fn._register_hook_dict(loss)  # type: ignore[attr-defined]
-
-
-def _number(weight: Tensor) -> Tensor | float:
-    """A weight to keep: a number where reading it costs nothing.
-
-    On the CPU a tensor of 4 bytes that outlives the step pins a hole in the heap.
-    """
-    return weight.item() if weight.device.type == "cpu" else weight.detach()
-
+from .hooks import AfterBackward, number, on_gradient, weak
 
 _NOTHING = Part(hyper=[], groups=[], present=[])
 
@@ -82,12 +71,19 @@ class Recorder:
         self._inside = False
         self._frozen: list[Tensor] = []
         self._task = self._outer_task = -1
+        self._first = 0
+        self._marks: list[tuple[int, int]] | None = None
+        self._twin: StepRecord | None = None  # what is verified of the current step
         self._outer_grads: list[Tensor | None] = []
         self._grad_version: tuple[int, int] | None = None
         self._handles: list[Any] = []
+        self.removed = False
+        self.leftover = False
+        self._watched: set[int] = set()
+        self._backward_hook = uncompiled(self._on_backward)
+        pre = uncompiled(weak(self._before_step))
+        post = uncompiled(weak(self._after_step))
         for optimizer in self.optimizers:
-            pre = uncompiled(self._before_step)
-            post = uncompiled(self._after_step)
             self._handles += [
                 optimizer.register_step_pre_hook(pre),
                 optimizer.register_step_post_hook(post),
@@ -96,15 +92,19 @@ class Recorder:
     def watch_outer(self, tensors: Sequence[Tensor]) -> None:
         """Notice gradients that reach outer variables outside the registered losses."""
         for tensor in tensors:
-            self._handles.append(
-                tensor.register_post_accumulate_grad_hook(self._on_outer_grad)
-            )
+            if id(tensor) not in self._watched and tensor.requires_grad:
+                self._watched.add(id(tensor))
+                hook = weak(self._on_outer_grad)
+                handle = tensor.register_post_accumulate_grad_hook(hook)
+                self._handles.append(handle)
 
     def remove(self) -> None:
         """Take every hook off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.removed = True
+        self.restart()
         self.thaw()
 
     # --- losses -----------------------------------------------------------------------
@@ -116,10 +116,14 @@ class Recorder:
         kwargs: dict[str, Any],
     ) -> Any:
         """Evaluate a registered inner loss for the user, unchanged, and remember it."""
-        self.thaw()
-        if self.paused or self._inside or not torch.is_grad_enabled():
+        if self._inside or self.removed or is_evaluating():
             return function(*args, **kwargs)
-        problem = self.present
+        self.thaw()
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        problem = self.present = self.problem()
+        if self.paused:
+            return self._as_constants(function, args, kwargs)
         problem.modules.discover(function, (args, kwargs))
         remembered = record(
             function,
@@ -129,17 +133,28 @@ class Recorder:
             keep_buffers=self.window.iterates or self.verify_next,
         )
         self._outer_grads = [tensor.grad for tensor in problem.outer.tensors]
+        result = self._as_constants(function, args, kwargs)
+        loss = scalar(result, remembered.name)
+        if loss.requires_grad:
+            on_gradient(loss, partial(self._backward_hook, remembered))
+        return result
+
+    @property
+    def inside(self) -> bool:
+        """Whether a registered inner loss is being evaluated for the user."""
+        return self._inside
+
+    def _as_constants(
+        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a loss while outer variables are constants."""
         self._inside = True
         self._freeze()
         try:
-            result = function(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             self._inside = False
             self.thaw()
-        loss = scalar(result, remembered.name)
-        if loss.requires_grad:
-            _on_gradient(loss, partial(self._on_backward, remembered))
-        return result
 
     def _freeze(self) -> None:
         """Outer variables are constants in the user's own inner call and its backward."""
@@ -161,13 +176,33 @@ class Recorder:
             self._task = task
             if self.pending and self._gradients_are_empty():
                 self.pending = []
+            if not self.pending and self.epoch == 1 and not self._gradients_are_empty():
+                self.leftover = True  # from the step before: no zero_grad()
+            self._first = len(self.pending)
+            self._marks = self._gradient_marks()
             self._freeze()  # activation checkpointing runs the forward again
-            Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
-        self.pending.append((call, _number(weight)))
+            done = AfterBackward(self)
+            Variable._execution_engine.queue_callback(done)  # type: ignore[attr-defined]
+        self.pending.append((call, number(weight)))
 
-    def _after_backward(self) -> None:
-        self.thaw()
+    def after_backward(self) -> None:
+        """Keep the calls of a backward that reached ``.grad`` of an inner parameter.
+
+        ``torch.autograd.grad(train_loss(...), ...)`` runs the hooks but steps consume nothing
+        of it.
+        """
+        if self._gradient_marks() == self._marks:
+            del self.pending[self._first :]
         self._grad_version = self._version()
+
+    def _gradient_marks(self) -> list[tuple[int, int]] | None:
+        """Identity and version of every gradient; None where there is none at all."""
+        marks = [
+            (id(p.grad), p.grad._version)
+            for p in self._parameters()
+            if p.grad is not None
+        ]
+        return marks or None
 
     def _on_outer_grad(self, tensor: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -226,7 +261,6 @@ class Recorder:
         self.thaw()
         if self.paused:
             return None
-        self.present = self.problem()
         index = self.optimizers.index(optimizer)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -257,20 +291,17 @@ class Recorder:
         fused_scale = getattr(optimizer, "grad_scale", None)
         calls = self._unscaled(fused_scale)
         self.pending = []
+        if len(self.optimizers) == 1 and self.current is not None and not again:
+            self.current = self._twin = None  # that step raised and never finished
         if self.current is None:
             if not calls and all(p.grad is None for p in self._parameters()):
                 return  # a step without any gradient changes nothing
             self.current = StepRecord(self._kept(calls), self.window.count)
             if self.verify_next:
-                self.to_verify = StepRecord(calls, self.window.count)
-                self.verify_next = False
+                self._twin = StepRecord(calls, self.window.count)
         elif again:
             self.current.calls, self.current.opaque = self._kept(calls), True
-            if (
-                self.to_verify is not None
-                and self.to_verify.index == self.current.index
-            ):
-                self.to_verify, self.verify_next = None, True
+            self._twin = None
             return
         elif index in self.current.parts:
             raise BilevelError(
@@ -280,22 +311,18 @@ class Recorder:
             )
         elif calls:
             self.current.calls = self.current.calls + self._kept(calls)
-            if (
-                self.to_verify is not None
-                and self.to_verify.index == self.current.index
-            ):
-                self.to_verify.calls = self.to_verify.calls + calls
+            if self._twin is not None:
+                self._twin.calls = self._twin.calls + calls
         wants = self.window.wants_iterate()
         self.current.parts[index] = (
             take_part(optimizer, self.window.pool if wants else None)
             if self.window.iterates
             else _NOTHING
         )
-        if self.to_verify is not None and self.to_verify.index == self.current.index:
-            if index not in self.to_verify.parts:
-                self.to_verify.parts[index] = take_part(
-                    optimizer, Pool(), gradients=True, scale=fused_scale
-                )
+        if self._twin is not None:
+            self._twin.parts[index] = take_part(
+                optimizer, Pool(), gradients=True, scale=fused_scale
+            )
 
     def _kept(self, calls: list[WeightedCall]) -> list[WeightedCall]:
         """The calls without buffer values, where the trajectory is not replayed.
@@ -316,7 +343,7 @@ class Recorder:
             scale = self.grad_scaler.scale(one)
         if scale is None:
             return self.pending
-        return [(call, _number(weight / scale)) for call, weight in self.pending]
+        return [(call, number(weight / scale)) for call, weight in self.pending]
 
     def _after_step(
         self,
@@ -328,13 +355,17 @@ class Recorder:
             return
         if len(self.current.parts) == len(self.optimizers):
             finished, self.current = self.current, None
+            if self._twin is not None:
+                self.to_verify, self._twin, self.verify_next = self._twin, None, False
             self.epoch += 1
             self.window.append(finished)
             self.on_step()
 
     def restart(self) -> None:
-        """Forget pending calls and recorded steps."""
-        self.pending, self.current = [], None
+        """Forget pending calls and recorded steps; an unverified step is verified anew."""
+        self.pending, self.current, self._twin = [], None, None
+        if self.to_verify is not None:
+            self.to_verify, self.verify_next = None, True
         self.window.clear()
 
     @contextlib.contextmanager

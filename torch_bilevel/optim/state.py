@@ -1,8 +1,8 @@
 """Saving and loading a `BilevelOptimizer`, in types ``torch.load(weights_only=True)`` accepts.
 
-What is saved beyond the two optimizers: counters, adjoints and eigenvalue estimates, the position
-in the outer data, the history, and the steps recorded since the last outer step, with the batches
-they refer to. Losses are saved by name; closures never.
+What is saved beyond the two optimizers: the values of the outer variables, counters, adjoints and
+eigenvalue estimates, the position in the outer data, the history, and the steps recorded since the
+last outer step, with the batches they refer to. Losses are saved by name; closures never.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
         "version": VERSION,
         "inner": [copy.deepcopy(o.state_dict()) for o in optimizer.inners],
         "outer": copy.deepcopy(optimizer.outer.state_dict()),
+        "outer_values": [t.detach().clone() for t in optimizer.problem.outer.tensors],
         "estimator": str(optimizer.estimator),
         "outer_steps": optimizer.outer_steps,
         "inner_steps": recorder.epoch,
@@ -75,6 +76,15 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     for one, values in zip(optimizer.inners, saved["inner"], strict=True):
         one.load_state_dict(copy.deepcopy(values))
     optimizer.outer.load_state_dict(copy.deepcopy(saved["outer"]))
+    values, tensors = saved["outer_values"], optimizer.problem.outer.tensors
+    if [v.shape for v in values] != [t.shape for t in tensors]:
+        raise BilevelError(
+            f"The state_dict has outer variables of shapes {[tuple(v.shape) for v in values]}, "
+            f"this optimizer of shapes {[tuple(t.shape) for t in tensors]}."
+        )
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
     recorder = optimizer._recorder
     recorder.restart()
     recorder.epoch = saved["inner_steps"]
@@ -167,6 +177,11 @@ def _save_call(
             [k, on, str(d).removeprefix("torch.")] for k, on, d in call.autocast
         ],
         "flags": [[order[id(m)], on] for m, on in call.flags or ()],
+        "frozen": [
+            i
+            for i, t in enumerate(optimizer.problem.inner.tensors)
+            if id(t) in call.frozen
+        ],
         "buffers": None
         if call.buffers is None
         else [[order[id(m)], name, value.clone()] for m, name, value in call.buffers],
@@ -175,6 +190,8 @@ def _save_call(
 
 def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     window = optimizer._recorder.window
+    for loss in optimizer.inner_losses.values():
+        optimizer._modules.discover(loss.function, ())
     for item in saved["records"]:
         calls = [
             (_load_call(optimizer, call), _decode(optimizer, weight))
@@ -228,6 +245,7 @@ def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:
         autocast=[(k, on, getattr(torch, d)) for k, on, d in saved["autocast"]],
         flags=flags,
         buffers=buffers,
+        frozen={id(optimizer.problem.inner.tensors[i]) for i in saved["frozen"]},
     )
 
 

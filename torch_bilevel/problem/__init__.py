@@ -2,13 +2,14 @@
 
 from .calls import Call as Call
 from .calls import WeightedCall as WeightedCall
-from .calls import autocast_state as autocast_state
+from .calls import autocast as autocast
 from .calls import record as record
 from .calls import scalar as scalar
 from .linearization import Linearization as Linearization
 from .modules import ModuleSet as ModuleSet
 from .problem import BilevelProblem as BilevelProblem
 from .problem import OuterGradients as OuterGradients
+from .problem import is_evaluating as is_evaluating
 from .problem import raise_if_no_second_derivative as raise_if_no_second_derivative
 from .randomness import Randomness as Randomness
 from .randomness import preserved as preserved

@@ -21,7 +21,7 @@ from .randomness import Randomness
 if TYPE_CHECKING:
     from .problem import BilevelProblem
 
-AutocastState = list[tuple[str, bool, torch.dtype]]
+AutocastState = list[tuple[str, bool, Any]]  # device type, on, dtype
 
 
 @dataclass(slots=True)
@@ -38,6 +38,7 @@ class Call:
         autocast: per device type, whether autocast was on and its dtype.
         flags: training flags of the known modules; None uses the present ones.
         buffers: buffer values at entry, kept where the trajectory is replayed.
+        frozen: ids of the inner parameters that did not require grad.
     """
 
     function: Callable[..., Any]
@@ -49,6 +50,7 @@ class Call:
     autocast: AutocastState = field(default_factory=list)
     flags: Flags | None = None
     buffers: list | None = None
+    frozen: set[int] = field(default_factory=set)
 
     def check_unchanged(self) -> None:
         """Refuse to evaluate on a batch that was modified in place since.
@@ -115,6 +117,7 @@ def record(
         autocast_state(problem.device_types),
         problem.modules.flags(),
         buffers,
+        {id(tensor) for tensor in problem.inner.tensors if not tensor.requires_grad},
     )
 
 

@@ -139,38 +139,56 @@ def _watching(on_forward: Callable[[nn.Module, Any], None]) -> Iterator[None]:
 
 
 def _reachable(function: Callable[..., Any], arguments: tuple) -> list[nn.Module]:
-    """Modules a function can name, looking two levels deep into plain containers."""
+    """Modules a function can name: through closures, globals, objects and helper functions."""
     found: list[nn.Module] = []
+    seen: set[int] = set()
 
     def look(value: Any, depth: int) -> None:
         if isinstance(value, nn.Module):
             found.append(value)
-        elif depth and isinstance(value, (list, tuple)):
+        elif not depth or id(value) in seen or isinstance(value, (Tensor, type)):
+            return
+        elif isinstance(value, (list, tuple)):
             for item in value[:64]:
                 look(item, depth - 1)
-        elif depth and isinstance(value, dict):
+        elif isinstance(value, dict):
             for item in list(value.values())[:64]:
                 look(item, depth - 1)
-        elif depth and not isinstance(value, (Tensor, type)) and _plain_object(value):
-            for item in vars(value).values():
+        elif _own_function(value):
+            seen.add(id(value))
+            look_into(value, depth - 1)
+        elif _plain_object(value):
+            seen.add(id(value))
+            for item in list(vars(value).values()):
                 look(item, depth - 1)
 
-    inner = inspect.unwrap(function)
-    while hasattr(inner, "func") and hasattr(inner, "keywords"):  # functools.partial
-        look((inner.args, inner.keywords), 3)
-        inner = inspect.unwrap(inner.func)
-    look(getattr(inner, "__self__", None), 2)
-    plain = getattr(inner, "__func__", inner)
-    for cell in getattr(plain, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            look(cell.cell_contents, 2)
-    names = getattr(getattr(plain, "__code__", None), "co_names", ())
-    space = getattr(plain, "__globals__", {})
-    for name in names:
-        look(space.get(name), 2)
-    look(getattr(plain, "__defaults__", None), 2)
-    look(arguments, 2)
+    def look_into(function: Any, depth: int) -> None:
+        inner = inspect.unwrap(function)
+        while hasattr(inner, "func") and hasattr(
+            inner, "keywords"
+        ):  # functools.partial
+            look((inner.args, inner.keywords), depth)
+            inner = inspect.unwrap(inner.func)
+        look(getattr(inner, "__self__", None), depth)
+        plain = getattr(inner, "__func__", inner)
+        for cell in getattr(plain, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                look(cell.cell_contents, depth)
+        names = getattr(getattr(plain, "__code__", None), "co_names", ())
+        space = getattr(plain, "__globals__", {})
+        for name in names:
+            look(space.get(name), depth)
+        look(getattr(plain, "__defaults__", None), depth)
+
+    look_into(function, 4)
+    look(arguments, 3)
     return found
+
+
+def _own_function(value: Any) -> bool:
+    return (
+        inspect.isfunction(value) or inspect.ismethod(value)
+    ) and value.__module__.split(".")[0] not in ("torch", "numpy", "torch_bilevel")
 
 
 def _plain_object(value: Any) -> bool:

@@ -25,6 +25,13 @@ from .modules import ModuleSet
 from .randomness import preserved
 from .variables import Variables, gradients
 
+_evaluations: list[Call] = []  # calls being evaluated by the library, in any problem
+
+
+def is_evaluating() -> bool:
+    """Whether the library, rather than the user's loop, is calling a loss."""
+    return bool(_evaluations)
+
 
 @dataclass
 class OuterGradients:
@@ -78,8 +85,12 @@ class BilevelProblem:
         Generators, buffers, training flags and ``requires_grad`` flags are put back at exit.
         """
         watch = id(call.function) not in self._watched
-        frozen = [t for t in self.outer.tensors if not t.requires_grad]
         with contextlib.ExitStack() as stack:
+            # Registered losses that the function calls are plain functions meanwhile.
+            stack.callback(_evaluations.pop)
+            _evaluations.append(call)
+            # A backward is not to run under the caller's autocast; `run` enters the recorded.
+            stack.enter_context(autocast([(k, False, None) for k in self.device_types]))
             stack.enter_context(preserved(self.devices))
             stack.enter_context(
                 self.modules.guarded(call.flags, call.buffers, watch=watch)
@@ -88,9 +99,12 @@ class BilevelProblem:
                 second_order(self.modules.recurrent, self.modules.weight_norm)
             )
             stack.enter_context(torch.enable_grad())
-            for tensor in frozen:
-                stack.callback(tensor.requires_grad_, False)
-                tensor.requires_grad_(True)
+            wanted = [(tensor, True) for tensor in self.constants]
+            wanted += [(t, id(t) not in call.frozen) for t in self.inner.tensors]
+            for tensor, flag in wanted:
+                if tensor.requires_grad != flag:
+                    stack.callback(tensor.requires_grad_, not flag)
+                    tensor.requires_grad_(flag)
             if call.randomness is not None:
                 call.randomness.restore()
             yield

@@ -1,0 +1,363 @@
+"""Programs users write that once gave wrong numbers or left something behind."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from problems import Quadratic, flat
+from torch import nn
+
+import torch_bilevel as tb
+
+SGD = torch.optim.SGD
+BOTH = pytest.mark.parametrize(
+    "estimator", ["cg(max_steps=50, rtol=1e-13)", "unrolled"]
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tb.NegativeCurvatureWarning)
+        yield
+
+
+class Toy:
+    """g = Σ eˣ(y − b)²/2 in three coordinates; f = Σ (y − 2)²."""
+
+    def __init__(self, estimator="unrolled", **options):
+        torch.manual_seed(0)
+        self.y = torch.randn(3, requires_grad=True)
+        self.x = torch.randn(3, requires_grad=True)
+        self.inner = SGD([self.y], lr=0.1, momentum=0.9)
+        self.outer = SGD([self.x], lr=0.1)
+        self.o = tb.BilevelOptimizer(
+            self.inner, self.outer, estimator=estimator, **options
+        )
+
+    def g(self, b=1.0):
+        return (self.x.exp() * (self.y - b) ** 2).sum() / 2
+
+    def f(self):
+        return ((self.y - 2) ** 2).sum()
+
+    def run(self, train, steps=3):
+        for _ in range(steps):
+            self.o.zero_grad()
+            train().backward()
+            self.o.step()
+
+
+@BOTH
+def test_a_registered_inner_loss_used_as_the_outer_loss(estimator):
+    """Stacked decorators: ∂_x f is not lost."""
+    a, b = Toy(estimator), Toy(estimator)
+    train = a.o.inner_loss(a.g)
+    a.o.outer_loss(train)
+    a.run(train)
+    b.o.outer_loss(b.g)
+    b.run(b.o.inner_loss(b.g))
+    assert torch.equal(a.o.hypergradient()[0], b.o.hypergradient()[0])
+    assert not a.o._recorder.pending
+    if estimator == "unrolled":
+        assert tb.check_hypergradient(a.o).relative_error < 1e-6
+
+
+@BOTH
+def test_registered_losses_that_call_registered_losses(estimator):
+    found = []
+    for registered in (True, False):
+        t = Toy(estimator)
+        part = lambda t=t: ((t.y - 1) ** 2).sum() / 2  # noqa: E731
+        whole = t.f
+        if registered:
+            part, whole = t.o.inner_loss(part), t.o.outer_loss(t.f)
+        else:
+            t.o.outer_loss(t.f)
+        train = t.o.inner_loss(
+            lambda t=t, p=part, w=whole: (
+                (t.x * t.y**2).sum() * 0.1 * (1 + p()) + 0.1 * w()
+            )
+        )
+        t.run(train)
+        found.append(t.o.hypergradient()[0])
+    assert torch.equal(*found)
+
+
+def test_autograd_grad_of_a_registered_loss_is_not_consumed():
+    a, b = Toy(), Toy()
+    for t in (a, b):
+        t.o.outer_loss(t.f)
+        train = t.o.inner_loss(t.g)
+        for _ in range(3):
+            t.o.zero_grad()
+            train().backward()
+            if t is a:
+                torch.autograd.grad(train(5.0), [t.y])
+            t.o.step()
+    assert torch.equal(a.o.hypergradient()[0], b.o.hypergradient()[0])
+
+
+def test_outer_groups_added_later_are_watched_and_constant():
+    t = Toy()
+    z = torch.zeros(3, requires_grad=True)
+    train = t.o.inner_loss(lambda: t.g() + (z.exp() * t.y**2).sum())
+    t.o.outer_loss(t.f)
+    t.outer.add_param_group({"params": [z]})
+    t.run(train)
+    assert z.grad is None
+    assert tb.check_hypergradient(t.o).relative_error < 1e-6
+    t.o.zero_grad()
+    with pytest.raises(tb.OuterOutsideLoss, match=r"outer\[1\]"):
+        (z.sum() * train()).backward()
+
+
+def test_a_backward_that_raises_leaves_outer_variables_variable():
+    t = Toy()
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise MemoryError
+
+    train = t.o.inner_loss(lambda: Fails.apply(t.g()))
+    with pytest.raises(MemoryError):
+        train().backward()
+    gc.collect()
+    assert t.x.requires_grad
+
+
+def test_a_step_that_raises_does_not_wedge_the_optimizer():
+    t = Toy()
+    t.o.outer_loss(t.f)
+    train = t.o.inner_loss(t.g)
+    fail = [True]
+
+    def hook(*_):
+        if fail.pop():
+            raise MemoryError
+
+    fail += [False] * 10
+    t.inner.register_step_pre_hook(lambda *_: hook() if len(fail) == 1 else None)
+    fail[:] = [True]
+    train().backward()
+    with pytest.raises(MemoryError):
+        t.o.step()
+    fail[:] = [0, 0]
+    t.run(train)
+    assert len(t.o._recorder.window) == 3
+    assert tb.check_hypergradient(t.o).relative_error < 1e-6
+
+
+def test_groups_added_between_steps_before_the_first_hypergradient():
+    t = Toy()
+    z = torch.zeros(2, requires_grad=True)
+    train = t.o.inner_loss(lambda: t.g() + ((z - t.x[:2]) ** 2).sum())
+    t.o.outer_loss(lambda: t.f() + z.sum())
+    t.run(train, 1)
+    t.o.add_param_group({"params": [z]})
+    t.run(train, 2)
+    assert tb.check_hypergradient(t.o).relative_error < 1e-6
+
+
+def test_restart_verifies_anew():
+    t = Toy()
+    t.o.outer_loss(t.f)
+    train = t.o.inner_loss(t.g)
+    t.run(train)
+    t.x.data.fill_(0.5)
+    t.o.restart()
+    t.run(train)
+    t.o.hypergradient()
+
+
+def test_modules_behind_helper_functions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    x, X = torch.zeros(8, requires_grad=True), torch.randn(8, 3)
+
+    def compute(batch):
+        return model(batch)
+
+    def second(batch):
+        return compute(batch).squeeze(-1)
+
+    o = tb.BilevelOptimizer(SGD(model.parameters(), lr=0.1), SGD([x], lr=0.1))
+    train = o.inner_loss(lambda: (x.exp() * second(X) ** 2).mean())
+    valid = o.outer_loss(lambda: ((second(X) - 1) ** 2).mean())
+    train().backward()
+    o.step()
+    model.eval()
+    valid().backward()
+    assert not model.training and x.grad is not None
+
+
+def test_a_layer_frozen_within_the_window():
+    t = Toy()
+    z = torch.ones(3, requires_grad=True)
+    t.o.add_param_group({"params": [z]})
+    train = t.o.inner_loss(lambda: t.g() + (z * t.y * t.x).sum())
+    t.o.outer_loss(lambda: t.f() + (z**2).sum())
+    t.run(train, 2)
+    z.requires_grad_(False)
+    t.run(train, 2)
+    t.o.hypergradient()
+    assert not z.requires_grad
+
+
+def test_an_ambient_autocast_region_changes_nothing():
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model, x = nn.Linear(16, 4), torch.zeros(32, requires_grad=True)
+    X = torch.randn(32, 16)
+    o = tb.BilevelOptimizer(SGD(model.parameters(), lr=0.1), SGD([x], lr=0.1))
+    exact = lambda f: torch.autocast("cpu", enabled=False)(f)  # noqa: E731
+    train = o.inner_loss(exact(lambda: (x.exp() * model(X).pow(2).sum(1)).mean()))
+    o.outer_loss(exact(lambda: (model(X) - 1).pow(2).mean()))
+    train().backward()
+    o.step()
+    (plain,) = o.hypergradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = o.hypergradient()
+    assert torch.equal(plain, inside)
+
+
+def test_warm_up_inside_paused_does_not_touch_outer_gradients():
+    t = Toy()
+    train = t.o.inner_loss(t.g)
+    with t.o.paused():
+        train().backward()
+    assert t.x.grad is None and t.x.requires_grad
+
+
+def test_a_second_opinion_does_not_enter_the_history():
+    t = Toy("cg")
+    valid, train = t.o.outer_loss(t.f), t.o.inner_loss(t.g)
+    t.run(train)
+    valid().backward()
+    t.o.hypergradient(estimator="identity", write=False)
+    assert t.o.last_report.estimator == "identity"
+    t.outer.step()
+    assert t.o.history[-1].estimator == "cg" and t.o.last_report.outer_step == 1
+
+
+def test_it_is_not_kept_alive_by_what_it_watches():
+    t = Toy()
+    reference = weakref.ref(t.o)
+    t.o.inner_loss(t.g)
+    t.o = None
+    gc.collect()
+    assert reference() is None
+    t.inner.step()
+
+
+def test_wrapping_again_takes_over():
+    """A notebook cell that is run twice."""
+    t = Toy("cg", inner_steps=2)
+    with pytest.warns(tb.BilevelWarning, match="already wrapped"):
+        again = tb.BilevelOptimizer(t.inner, t.outer, inner_steps=2)
+    train = again.inner_loss(t.g)
+    again.outer_loss(t.f)
+    for _ in range(4):
+        again.zero_grad()
+        train().backward()
+        again.step()
+    assert again.outer_steps == 2 and t.o.outer_steps == 0
+
+
+def test_after_remove_losses_are_plain_functions():
+    t = Toy()
+    train = t.o.inner_loss(t.g)
+    t.o.remove()
+    train().backward()
+    assert t.x.grad is not None and not t.o._recorder.pending
+
+
+def test_a_module_that_holds_registered_losses_can_be_copied():
+    model = nn.Linear(2, 1)
+    x = torch.zeros(1, requires_grad=True)
+    o = tb.BilevelOptimizer(SGD(model.parameters(), lr=0.1), SGD([x], lr=0.1))
+    model.train_loss = o.inner_loss(lambda: (x * model.weight).sum())
+    model.valid_loss = o.outer_loss(lambda: model.weight.sum())
+    clone = copy.deepcopy(model)
+    assert clone.valid_loss is model.valid_loss
+
+
+def test_scalar_variables_and_a_converged_start():
+    y, x = torch.tensor(1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    for estimator in ("cg", "minres", "direct", "neumann", "richardson"):
+        o = tb.BilevelOptimizer(SGD([y], lr=0.5), SGD([x], lr=0.1), estimator=estimator)
+        train, valid = (
+            o.inner_loss(lambda: (y - x) ** 2),
+            o.outer_loss(lambda: (y - 3) ** 2),
+        )
+        train().backward()
+        o.step()
+        x.grad = None
+        valid().backward()
+        torch.testing.assert_close(x.grad, torch.tensor(-4.0))
+        o.remove()
+
+
+def test_every_estimator_at_the_first_iteration_of_a_quadratic():
+    problem = Quadratic(shapes_y=((1,),), shapes_x=((1,),))
+    optimizer = problem.optimizer(estimator="cg")
+    problem.steps(optimizer)
+    assert torch.isfinite(flat(optimizer.hypergradient())).all()
+
+
+def test_defining_a_loss_again_replaces_it():
+    t = Toy("cg")
+    for factor in (1000.0, 1.0):  # a cell that is edited and run again
+
+        def valid_loss(factor=factor):
+            return factor * t.f()
+
+        if factor == 1.0:
+            with pytest.warns(
+                tb.BilevelWarning, match="'valid_loss' was registered before"
+            ):
+                t.o.outer_loss(valid_loss)
+        else:
+            t.o.outer_loss(valid_loss)
+    t.run(t.o.inner_loss(t.g))
+    t.o.hypergradient()
+    torch.testing.assert_close(t.o.last_report.loss, t.f().detach())
+
+
+def test_outer_step_without_a_hypergradient_says_so():
+    t = Toy("cg")
+    t.o.outer_loss(t.f)
+    t.run(t.o.inner_loss(t.g))
+    with pytest.warns(
+        tb.NoOuterStepWarning, match="3 recorded inner steps were dropped"
+    ) as seen:
+        t.outer.step()
+    assert seen[0].filename == __file__  # the user's line, not the library's
+
+
+def test_no_outer_step_in_a_thousand_says_so():
+    t = Toy("cg")
+    t.o.outer_loss(t.f, data=[()])
+    train = t.o.inner_loss(t.g)
+    with pytest.warns(
+        tb.NoOuterStepWarning, match="1,000 inner steps.*inner_steps=None"
+    ):
+        t.run(train, 1000)
+
+
+def test_outer_values_are_part_of_the_state():
+    a, b = Toy("cg"), Toy("cg")
+    a.o.outer_loss(a.f)
+    a.run(a.o.inner_loss(a.g))
+    a.o.outer_step()
+    assert not torch.equal(a.x, b.x)
+    b.o.load_state_dict(a.o.state_dict())
+    assert torch.equal(a.x, b.x)
