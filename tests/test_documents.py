@@ -55,7 +55,8 @@ def test_the_readme_runs():
     assert (space["weights"] != 0).any()
 
 
-def test_the_quickstart_runs(capsys):
+def test_the_quickstart_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     X = torch.randn(400, 20)
     y = X[:, :3].sum(1) + 0.1 * torch.randn(400)
     data = TensorDataset(X, y)
