@@ -191,7 +191,11 @@ class Recorder:
         ``torch.autograd.grad(train_loss(...), ...)`` runs the hooks but steps consume nothing
         of it.
         """
-        if self._gradient_marks() == self._marks:
+        if self._marks is None:  # the usual case, without building a list
+            reached = self._version() is not None
+        else:
+            reached = self._gradient_marks() != self._marks
+        if not reached:
             del self.pending[self._first :]
         self._grad_version = self._version()
 
