@@ -361,3 +361,16 @@ def test_outer_values_are_part_of_the_state():
     assert not torch.equal(a.x, b.x)
     b.o.load_state_dict(a.o.state_dict())
     assert torch.equal(a.x, b.x)
+
+
+def test_restart_forgives_a_forgotten_zero_grad():
+    t = Toy()
+    train, _ = t.o.inner_loss(t.g), t.o.outer_loss(t.f)
+    for _ in range(2):
+        train().backward()
+        t.o.step()
+    with pytest.raises(tb.UnregisteredTerm, match="zero_grad"):
+        t.o.hypergradient()
+    t.o.restart()
+    t.run(train)
+    assert tb.check_hypergradient(t.o).relative_error < 1e-6

@@ -312,11 +312,15 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         chosen = estimators.parse(value)
         chosen.check(self.inners)
         self._estimator = chosen
-        self._memories.clear()
-        self._adjoints.clear()
+        self._forget_adjoints()
         window = chosen.new_window(self.max_record_bytes)
         window.adopt(self._recorder.window)
         self._recorder.window = window
+
+    def _forget_adjoints(self) -> None:
+        """Start the next solve from zero, and estimate step sizes anew."""
+        self._memories.clear()
+        self._adjoints.clear()
 
     def restart(self) -> None:
         """Start a new inner trajectory at the present parameters.
@@ -324,8 +328,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         Drops recorded steps, inner optimizer state and adjoints; parameters stay.
         """
         self._recorder.restart()
-        self._memories.clear()
-        self._adjoints.clear()
+        self._forget_adjoints()
         for optimizer in self.inners:
             optimizer.state.clear()
 
@@ -374,8 +377,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
             self._recorder.restart()
             self._recorder.present = self._problem
             self._recorder.watch_outer(self._problem.outer.tensors)
-            self._memories.clear()
-            self._adjoints.clear()
+            self._forget_adjoints()
         return self._problem
 
     def state_dict(self) -> dict[str, Any]:

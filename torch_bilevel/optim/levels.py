@@ -88,8 +88,8 @@ def check_levels(inners: Sequence[Any], outer: Any) -> None:
             f"{tuple(constant[0].shape)}) do not require grad. Create outer variables with "
             "requires_grad=True, or call .requires_grad_() on them."
         )
-    seen = {id(p) for o in inners for g in o.param_groups for p in g["params"]}
-    both = [p for g in outer.param_groups for p in g["params"] if id(p) in seen]
+    seen = {id(p) for p in parameters(inners)}
+    both = [p for p in parameters([outer]) if id(p) in seen]
     if both:
         raise BilevelError(
             f"{len(both)} parameter(s) (first: shape {tuple(both[0].shape)}) are in both the "

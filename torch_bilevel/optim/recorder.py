@@ -58,7 +58,7 @@ class Recorder:
     ):
         self.optimizers = list(optimizers)
         self.problem = problem
-        self.present = problem()  # refreshed at every step and hypergradient
+        self.present = problem()  # refreshed at every call of a registered loss
         self.window = window
         self.grad_scaler = grad_scaler
         self.on_step = on_step
@@ -68,7 +68,7 @@ class Recorder:
         self.epoch = 0  # complete inner steps ever
         self.verify_next = True
         self.to_verify: StepRecord | None = None
-        self._inside = False
+        self.inside = False  # a registered inner loss is being evaluated for the user
         self._frozen: list[Tensor] = []
         self._task = self._outer_task = -1
         self._first = 0
@@ -116,7 +116,7 @@ class Recorder:
         kwargs: dict[str, Any],
     ) -> Any:
         """Evaluate a registered inner loss for the user, unchanged, and remember it."""
-        if self._inside or self.removed or is_evaluating():
+        if self.inside or self.removed or is_evaluating():
             return function(*args, **kwargs)
         self.thaw()
         if not torch.is_grad_enabled():
@@ -139,21 +139,16 @@ class Recorder:
             on_gradient(loss, partial(self._backward_hook, remembered))
         return result
 
-    @property
-    def inside(self) -> bool:
-        """Whether a registered inner loss is being evaluated for the user."""
-        return self._inside
-
     def _as_constants(
         self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         """Call a loss while outer variables are constants."""
-        self._inside = True
+        self.inside = True
         self._freeze()
         try:
             return function(*args, **kwargs)
         finally:
-            self._inside = False
+            self.inside = False
             self.thaw()
 
     def _freeze(self) -> None:
@@ -368,6 +363,7 @@ class Recorder:
     def restart(self) -> None:
         """Forget pending calls and recorded steps; an unverified step is verified anew."""
         self.pending, self.current, self._twin = [], None, None
+        self.leftover = False
         if self.to_verify is not None:
             self.to_verify, self.verify_next = None, True
         self.window.clear()
