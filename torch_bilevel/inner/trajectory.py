@@ -23,7 +23,7 @@ from ..errors import TrajectoryTooLong
 from ..problem import WeightedCall
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """One inner optimizer's side of a step.
 
@@ -44,7 +44,7 @@ class Part:
     gradient: list[Tensor | None] | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class StepRecord:
     """One inner step.
 
@@ -169,8 +169,7 @@ class Window:
         self.pool = Pool(offload)
         self.records: deque[StepRecord] = deque()
         self.count = 0  # steps seen since the window began
-        self._holders: dict[int, int] = {}  # storage -> how many arguments refer to it
-        self._batch_bytes = 0
+        self._check_at = 0  # the count at which memory is looked at again
 
     def __len__(self) -> int:
         return len(self.records)
@@ -203,9 +202,17 @@ class Window:
                     start -= 1
             for _ in range(max(start, 0)):
                 self._release(self.records.popleft())
-        self._count_batches(record, 1)
+        if self.count >= self._check_at:
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuse to record more than ``max_bytes``; say when to look again.
+
+        Adding up takes as long as a step's whole record, so it is done when steps like those so
+        far could exceed the limit, and after a quarter more at the latest.
+        """
         if self.max_bytes is None:
-            self.max_bytes = free_memory(record) // 2
+            self.max_bytes = free_memory(self.records[-1]) // 2
         used = self.nbytes()
         if used > self.max_bytes:
             raise TrajectoryTooLong(
@@ -217,41 +224,36 @@ class Window:
                 "train without recording (with optimizer.paused():), or raise "
                 "max_record_bytes."
             )
+        room = len(self) * (self.max_bytes - used) // max(used, 1)
+        self._check_at = self.count + max(1, min(16 + len(self) // 4, room))
 
     def adopt(self, other: Window) -> None:
         """Take over another window's steps (the estimator changed in mid-window)."""
-        for record in other.records:
-            self.records.append(record)
-            self._count_batches(record, 1)
+        self.records.extend(other.records)
         self.count = other.count
         if self.pool.device == other.pool.device:
             self.pool = other.pool
 
     def nbytes(self) -> int:
         """Bytes of recorded iterates and of batches kept by reference."""
-        return self.pool.allocated + self._batch_bytes
-
-    def _count_batches(self, record: StepRecord, change: int) -> None:
-        """Keep the sum over distinct storages as steps come and go."""
-        for call, _ in record.calls:
-            for tensor, _ in call.versions:
-                storage = tensor.untyped_storage()
-                key = storage.data_ptr()
-                before = self._holders.get(key, 0)
-                self._holders[key] = before + change
-                if before + change == 0:
-                    del self._holders[key]
-                if before == 0 or before + change == 0:
-                    self._batch_bytes += change * storage.nbytes()
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for record in self.records
+            for call, _ in record.calls
+            for tensor, _ in call.versions
+            for storage in (tensor.untyped_storage(),)
+        }
+        return self.pool.allocated + sum(storages.values())
 
     def clear(self) -> None:
         """Forget every step."""
         while self.records:
             self._release(self.records.popleft())
-        self.count = 0
+        self.count = self._check_at = 0
 
     def _release(self, record: StepRecord) -> None:
-        self._count_batches(record, -1)
+        if not self.iterates:
+            return
         for part in record.parts.values():
             self.pool.give_back(tensors_of(part.values or (), part.state or ()))
             part.values = part.state = None

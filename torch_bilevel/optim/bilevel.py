@@ -10,6 +10,8 @@ import contextlib
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +27,7 @@ from ..errors import (
 from ..estimators import Estimator, EstimatorMemory, Situation
 from ..inner import verify
 from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
-from ..second_order import uncompiled, uncompiled_method
+from ..second_order import uncompiled_method
 from . import estimation, state
 from .delegation import DelegatingOptimizer
 from .explain import explain
@@ -138,14 +140,14 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         self._problem: BilevelProblem | None = None
         self._recorder = Recorder(
             self.inners,
-            lambda: self.problem,
+            partial(attrgetter("problem"), self),
             self._estimator.new_window(max_record_bytes),
             grad_scaler,
             self._after_inner_step,
         )
         self._recorder.watch_outer(self.problem.outer.tensors)
         take_over(self)
-        hook = uncompiled(weak(self._after_outer_step))
+        hook = weak(self._after_outer_step)
         self._recorder._handles.append(outer.register_step_post_hook(hook))
 
     # --- steps ------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         chosen.check(self.inners)
         estimation.check_window(situation, self.outer_steps, self._recorder.leftover)
         # The caller may be inside an autocast region of its own.
-        with autocast([(kind, False, None) for kind in self.problem.device_types]):
+        with autocast(self.problem.no_autocast):
             if self._recorder.to_verify is not None:
                 verify(self.problem, self._recorder.to_verify, self._transform)
                 self._recorder.to_verify = None

@@ -24,36 +24,46 @@ _LIBRARIES = (str(Path(__file__).parent.parent), str(Path(torch.__file__).parent
 
 def on_gradient(loss: Tensor, hook: Callable[[Tensor], None]) -> None:
     """``loss.register_hook(hook)`` without a handle to remove it by, for 15 µs less."""
-    if loss.grad_fn is None or loss._backward_hooks is not None:
+    node = loss.grad_fn
+    if node is None or loss._backward_hooks is not None:
         loss.register_hook(hook)
         return
     loss._backward_hooks = OrderedDict({0: hook})
-    loss.grad_fn._register_hook_dict(loss)  # type: ignore[attr-defined]
+    node._register_hook_dict(loss)  # type: ignore[attr-defined]
 
 
 class AfterBackward:
     """Runs at the end of a backward; thaws also when the backward raised and it is dropped."""
+
+    __slots__ = ("recorder",)
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
 
     def __call__(self) -> None:
         """Called by the engine when the backward is done."""
-        self.recorder.thaw()
         self.recorder.after_backward()
 
     def __del__(self) -> None:
-        self.recorder.thaw()
+        if self.recorder.frozen:
+            self.recorder.thaw()
 
 
 def weak(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that does not keep its recorder alive on the user's tensors and optimizers."""
-    reference = weakref.WeakMethod(method)
+    """A hook for the user's tensors and optimizers.
+
+    It does not keep the method's object alive, and ``torch.compile`` does not trace it.
+    """
+    reference = weakref.ref(method.__self__)  # type: ignore[attr-defined]
+    function = method.__func__  # type: ignore[attr-defined]
 
     def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return disabled(*args)
         alive = reference()
-        return None if alive is None else alive(*args)
+        return None if alive is None else function(alive, *args)
 
+    disabled = torch.compiler.disable(call)
     return call
 
 
@@ -62,7 +72,7 @@ def number(weight: Tensor) -> Tensor | float:
 
     On the CPU a tensor of 4 bytes that outlives the step pins a hole in the heap.
     """
-    return weight.item() if weight.device.type == "cpu" else weight.detach()
+    return weight.item() if weight.is_cpu else weight.detach()
 
 
 def users_frame() -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidLoss, LossNotRegistered, StalePoint
-from ..problem import Call, WeightedCall, is_evaluating, record, scalar
+from ..problem import Call, WeightedCall, evaluations, record, scalar
 from ..second_order import uncompiled
 from .data import OuterData
 
@@ -77,7 +77,7 @@ class OuterLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's function returns, its loss replaced by one with ∇Φ as gradient."""
         # An ordinary evaluation: without gradients, or as part of another registered loss.
-        part = is_evaluating() or self.owner._recorder.inside
+        part = evaluations or self.owner._recorder.inside
         if part or not torch.is_grad_enabled():
             return self.function(*args, **kwargs)
         return self._call(args, kwargs)

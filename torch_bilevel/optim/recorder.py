@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,13 +28,14 @@ from ..problem import (
     BilevelProblem,
     Call,
     WeightedCall,
-    is_evaluating,
+    evaluations,
     record,
     scalar,
 )
 from ..second_order import uncompiled
 from .hooks import AfterBackward, number, on_gradient, weak
 
+_grad = attrgetter("grad")
 _NOTHING = Part(hyper=[], groups=[], present=[])
 
 
@@ -69,7 +71,7 @@ class Recorder:
         self.verify_next = True
         self.to_verify: StepRecord | None = None
         self.inside = False  # a registered inner loss is being evaluated for the user
-        self._frozen: list[Tensor] = []
+        self.frozen: list[Tensor] = []  # outer variables that are constants at present
         self._task = self._outer_task = -1
         self._first = 0
         self._marks: list[tuple[int, int]] | None = None
@@ -81,8 +83,7 @@ class Recorder:
         self.leftover = False
         self._watched: set[int] = set()
         self._backward_hook = uncompiled(self._on_backward)
-        pre = uncompiled(weak(self._before_step))
-        post = uncompiled(weak(self._after_step))
+        pre, post = weak(self._before_step), weak(self._after_step)
         for optimizer in self.optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(pre),
@@ -116,52 +117,55 @@ class Recorder:
         kwargs: dict[str, Any],
     ) -> Any:
         """Evaluate a registered inner loss for the user, unchanged, and remember it."""
-        if self.inside or self.removed or is_evaluating():
+        if self.inside or self.removed or evaluations:
             return function(*args, **kwargs)
-        self.thaw()
+        if self.frozen:
+            self.thaw()
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        problem = self.present = self.problem()
-        if self.paused:
-            return self._as_constants(function, args, kwargs)
-        problem.modules.discover(function, (args, kwargs))
-        remembered = record(
+        self.present = self.problem()
+        remembered = None if self.paused else self._remember(function, args, kwargs)
+        self.inside = True
+        try:
+            self._freeze()
+            result = function(*args, **kwargs)
+        finally:
+            self.inside = False
+            if self.frozen:
+                self.thaw()
+        if remembered is not None:
+            loss = scalar(result, remembered.name)
+            if loss.requires_grad:
+                on_gradient(loss, partial(self._backward_hook, remembered))
+        return result
+
+    def _remember(
+        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Call:
+        """The call, before it is made."""
+        problem = self.present
+        self._outer_grads = list(map(_grad, problem.outer.tensors))
+        if id(function) not in problem.modules.searched:
+            problem.modules.discover(function, (args, kwargs))
+        return record(
             function,
             args,
             kwargs,
             problem,
             keep_buffers=self.window.iterates or self.verify_next,
         )
-        self._outer_grads = [tensor.grad for tensor in problem.outer.tensors]
-        result = self._as_constants(function, args, kwargs)
-        loss = scalar(result, remembered.name)
-        if loss.requires_grad:
-            on_gradient(loss, partial(self._backward_hook, remembered))
-        return result
-
-    def _as_constants(
-        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
-        """Call a loss while outer variables are constants."""
-        self.inside = True
-        self._freeze()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self.inside = False
-            self.thaw()
 
     def _freeze(self) -> None:
         """Outer variables are constants in the user's own inner call and its backward."""
         for tensor in self.present.constants:
             if tensor.requires_grad:
-                tensor.requires_grad_(False)
-                self._frozen.append(tensor)
+                tensor.requires_grad = False
+                self.frozen.append(tensor)
 
     def thaw(self) -> None:
         """Make outer variables variables again."""
-        while self._frozen:
-            self._frozen.pop().requires_grad_(True)
+        while self.frozen:
+            self.frozen.pop().requires_grad = True
 
     def _on_backward(self, call: Call, weight: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -186,21 +190,23 @@ class Recorder:
         ``torch.autograd.grad(train_loss(...), ...)`` runs the hooks but steps consume nothing
         of it.
         """
+        if self.frozen:
+            self.thaw()
+        version = self._version()
         if self._marks is None:  # the usual case, without building a list
-            reached = self._version() is not None
+            reached = version is not None
         else:
             reached = self._gradient_marks() != self._marks
         if not reached:
             del self.pending[self._first :]
-        self._grad_version = self._version()
+        self._grad_version = version
 
     def _gradient_marks(self) -> list[tuple[int, int]] | None:
         """Identity and version of every gradient; None where there is none at all."""
-        marks = [
-            (id(p.grad), p.grad._version)
-            for p in self._parameters()
-            if p.grad is not None
-        ]
+        marks = []
+        for gradient in map(_grad, self.present.inner.tensors):
+            if gradient is not None:
+                marks.append((id(gradient), gradient._version))
         return marks or None
 
     def _on_outer_grad(self, tensor: Tensor) -> None:
@@ -235,9 +241,9 @@ class Recorder:
 
     def _version(self) -> tuple[int, int] | None:
         """Identity and version of the first gradient; ``zero_()`` moves it."""
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                return id(parameter.grad), parameter.grad._version
+        for gradient in map(_grad, self.present.inner.tensors):
+            if gradient is not None:
+                return id(gradient), gradient._version
         return None
 
     def _gradients_are_empty(self) -> bool:
@@ -257,7 +263,8 @@ class Recorder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple, dict] | None:
-        self.thaw()
+        if self.frozen:
+            self.thaw()
         if self.paused:
             return None
         index = self.optimizers.index(optimizer)
@@ -312,9 +319,10 @@ class Recorder:
             self.current.calls = self.current.calls + self._kept(calls)
             if self._twin is not None:
                 self._twin.calls = self._twin.calls + calls
-        wants = self.window.wants_iterate()
         self.current.parts[index] = (
-            take_part(optimizer, self.window.pool if wants else None)
+            take_part(
+                optimizer, self.window.pool if self.window.wants_iterate() else None
+            )
             if self.window.iterates
             else _NOTHING
         )
@@ -328,8 +336,8 @@ class Recorder:
 
         Implicit estimators evaluate at the present point, buffers included.
         """
-        if self.window.iterates:
-            return calls
+        if self.window.iterates or not self.verify_next:
+            return calls  # elsewhere they have no buffers
         return [
             (replace(call, buffers=None) if call.buffers else call, weight)
             for call, weight in calls

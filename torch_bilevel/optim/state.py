@@ -174,7 +174,7 @@ def _save_call(
         "kwargs": _encode(optimizer, call.kwargs),
         "randomness": call.randomness and call.randomness.state_dict(),
         "autocast": [
-            [k, on, str(d).removeprefix("torch.")] for k, on, d in call.autocast
+            [k, on, d and str(d).removeprefix("torch.")] for k, on, d in call.autocast
         ],
         "flags": [[order[id(m)], on] for m, on in call.flags or ()],
         "frozen": [
@@ -242,7 +242,7 @@ def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:
         versions=[(tensor, tensor._version) for tensor in tensors],
         randomness=saved["randomness"]
         and Randomness.from_state_dict(saved["randomness"]),
-        autocast=[(k, on, getattr(torch, d)) for k, on, d in saved["autocast"]],
+        autocast=[(k, on, d and getattr(torch, d)) for k, on, d in saved["autocast"]],
         flags=flags,
         buffers=buffers,
         frozen={id(optimizer.problem.inner.tensors[i]) for i in saved["frozen"]},

@@ -9,7 +9,7 @@ from .linearization import Linearization as Linearization
 from .modules import ModuleSet as ModuleSet
 from .problem import BilevelProblem as BilevelProblem
 from .problem import OuterGradients as OuterGradients
-from .problem import is_evaluating as is_evaluating
+from .problem import evaluations as evaluations
 from .problem import raise_if_no_second_derivative as raise_if_no_second_derivative
 from .randomness import Randomness as Randomness
 from .randomness import preserved as preserved

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 Flags = list[tuple[nn.Module, bool]]
+_training = attrgetter("training")
 
 
 class ModuleSet:
@@ -30,6 +32,8 @@ class ModuleSet:
     def __init__(self, modules: tuple[nn.Module, ...] = ()):
         self.members: dict[int, nn.Module] = {}
         self.searched: set[int] = set()
+        self._flags: Flags = []
+        self._training: list[bool] = []
         for module in modules:
             self.add(module)
 
@@ -63,8 +67,12 @@ class ModuleSet:
         )
 
     def flags(self) -> Flags:
-        """The training flag of every module."""
-        return [(module, module.training) for module in self.members.values()]
+        """The training flag of every module; the same list while nothing changes."""
+        training = list(map(_training, self.members.values()))
+        if training != self._training:
+            self._training = training
+            self._flags = list(zip(self.members.values(), training, strict=True))
+        return self._flags
 
     def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
         """Every buffer with its owner and name."""
@@ -90,7 +98,7 @@ class ModuleSet:
             watch: look out for modules that are not members yet, and guard them before they
                 run. Used for the first evaluation of a loss.
         """
-        before = self.flags()
+        before = list(self.flags())
         given = {(id(m), name): value for m, name, value in values or ()}
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         copies: dict[int, Tensor] = {}

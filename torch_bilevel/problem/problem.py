@@ -19,18 +19,13 @@ from torch import Tensor
 
 from ..errors import Disconnected, NoSecondDerivative
 from ..second_order import second_order
-from .calls import Call, WeightedCall, autocast, fresh_containers, scalar
+from .calls import AutocastState, Call, WeightedCall, autocast, fresh_containers, scalar
 from .linearization import Linearization
 from .modules import ModuleSet
 from .randomness import preserved
 from .variables import Variables, gradients
 
-_evaluations: list[Call] = []  # calls being evaluated by the library, in any problem
-
-
-def is_evaluating() -> bool:
-    """Whether the library, rather than the user's loop, is calling a loss."""
-    return bool(_evaluations)
+evaluations: list[Call] = []  # calls being evaluated by the library, in any problem
 
 
 @dataclass
@@ -72,6 +67,7 @@ class BilevelProblem:
         self.device_types = tuple(
             dict.fromkeys([*(t.device.type for t in tensors), "cpu"])
         )
+        self.no_autocast: AutocastState = [(k, False, None) for k in self.device_types]
         self.devices = [
             device
             for device in dict.fromkeys(t.device for t in tensors)
@@ -87,10 +83,10 @@ class BilevelProblem:
         watch = id(call.function) not in self._watched
         with contextlib.ExitStack() as stack:
             # Registered losses that the function calls are plain functions meanwhile.
-            stack.callback(_evaluations.pop)
-            _evaluations.append(call)
+            stack.callback(evaluations.pop)
+            evaluations.append(call)
             # A backward is not to run under the caller's autocast; `run` enters the recorded.
-            stack.enter_context(autocast([(k, False, None) for k in self.device_types]))
+            stack.enter_context(autocast(self.no_autocast))
             stack.enter_context(preserved(self.devices))
             stack.enter_context(
                 self.modules.guarded(call.flags, call.buffers, watch=watch)

@@ -1,9 +1,11 @@
 """The random state a loss was evaluated in: torch (CPU and devices), ``random``, ``numpy.random``.
 
-Capturing happens at every call of a registered loss, so it must cost microseconds. numpy's own
-``get_state`` takes 50 µs and Python's 10 µs (30 µs when the caches are cold), so the full state is
-taken only when the twister moved. That shows in its position, which every draw advances, and in
-its first words, which change when the position starts again.
+Capturing happens at every call of a registered loss, so it must cost next to nothing, also with
+caches that a matrix product has just emptied. All three generators on the CPU are Mersenne
+twisters, and reading one in full takes 5 to 50 µs; so the full state is read only when the twister
+moved. That shows in its position, which every draw advances, and in its first words, which change
+when the position starts again. Both are read where the generator keeps them in memory, after a
+check that they are there; where they are not, the full state is read every time.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
+import struct
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,25 +25,33 @@ from torch import Tensor
 _WORDS = 624  # of a Mersenne Twister's state; 4 bytes each
 
 
+def _memory(address: int, size: int) -> memoryview:
+    """Bytes at an address, read anew at every use."""
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
 class _NumpyState:
     """numpy's global random state, read again only when it moved."""
 
     def __init__(self) -> None:
+        self.generator: Any = None
+        self.first = self.position = memoryview(b"")
         self.mark: Any = None
         self.full: dict[str, Any] = {}
 
     def read(self) -> tuple[Any, dict[str, Any]]:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if not isinstance(generator, np.random.MT19937):
-            return None, np.random.get_state(legacy=False)  # type: ignore[return-value]
-        address = generator.ctypes.state_address  # 624 words, then the position
-        mark = (
-            ctypes.string_at(address, 16),
-            ctypes.string_at(address + 4 * _WORDS, 4),
-            address,
-        )
+        if generator is not self.generator:
+            if not isinstance(generator, np.random.MT19937):
+                return None, np.random.get_state(legacy=False)  # type: ignore[return-value]
+            self.generator = generator
+            address = generator.ctypes.state_address  # 624 words, then the position
+            self.first = _memory(address, 16)
+            self.position = _memory(address + 4 * _WORDS, 4)
+            self.mark = None
+        mark = self.first.tobytes(), self.position.tobytes(), id(generator)
         # A cached normal deviate can be consumed without moving the twister.
-        if mark != self.mark or self.full.get("has_gauss"):
+        if mark != self.mark or self.full["has_gauss"]:
             self.mark, self.full = mark, np.random.get_state(legacy=False)  # type: ignore[assignment]
         return self.mark, self.full
 
@@ -48,14 +59,12 @@ class _NumpyState:
 class _PythonState:
     """The state of ``random``, read again only when it moved.
 
-    CPython keeps position and words of the twister right behind the object's header. That is
-    checked against ``getstate()`` before it is relied upon; elsewhere ``getstate()`` is called
-    every time.
+    CPython keeps position and words of the twister right behind the object's header.
     """
 
     def __init__(self) -> None:
         self.owner = random.random.__self__  # type: ignore[attr-defined]
-        self.address = id(self.owner) + object.__basicsize__
+        address = id(self.owner) + object.__basicsize__
         self.mark: Any = None
         self.full: Any = random.getstate()
         words = self.full[1]
@@ -63,16 +72,17 @@ class _PythonState:
             word.to_bytes(4, sys.byteorder) for word in (words[-1], *words[:-1])
         )
         size = 4 * (_WORDS + 1)
-        self.readable = (
+        readable = (
             sys.implementation.name == "cpython"
             and type(self.owner).__basicsize__ >= object.__basicsize__ + size
-            and ctypes.string_at(self.address, size) == expected
+            and ctypes.string_at(address, size) == expected
         )
+        self.near = _memory(address, 20) if readable else None
 
     def read(self) -> Any:
-        if not self.readable:
+        if self.near is None:
             return random.getstate()
-        mark = ctypes.string_at(self.address, 20), self.owner.gauss_next  # type: ignore[attr-defined]
+        mark = self.near.tobytes(), self.owner.gauss_next  # type: ignore[attr-defined]
         if mark != self.mark:
             self.mark, self.full = mark, random.getstate()
         return self.full
@@ -89,13 +99,21 @@ class _TorchState:
     ROWS = 128
 
     def __init__(self) -> None:
-        self.last: Tensor | None = None
+        self.pieces = _torch_twister()
+        self.mark: Any = None
+        self.last = torch.get_rng_state()
         self.slab: Tensor | None = None
         self.used = 0
 
     def read(self) -> Tensor:
+        if self.pieces is not None:
+            words, normals = self.pieces
+            mark = words.tobytes(), normals.tobytes()
+            if mark == self.mark:
+                return self.last
+            self.mark = mark
         now = torch.get_rng_state()
-        if self.last is not None and torch.equal(now, self.last):
+        if torch.equal(now, self.last):
             return self.last
         if self.slab is None or self.used == self.ROWS:
             self.slab, self.used = now.new_empty((self.ROWS, now.numel())), 0
@@ -104,13 +122,64 @@ class _TorchState:
         return self.last
 
 
+def _torch_twister() -> tuple[memoryview, memoryview] | None:
+    """What a draw from torch's CPU generator changes, in place; None if not laid out as known.
+
+    In ``get_state()``: seed (8 bytes), draws left (4), seeded (4), position (8), words of 8 bytes.
+    In memory: seed (8), left, seeded, position and words of 4 bytes each, cached normals (28).
+    """
+    address = getattr(torch.default_generator, "_cdata", None)
+    state = bytes(torch.default_generator.get_state().numpy())
+    if address is None or sys.byteorder != "little" or len(state) != 5056:
+        return None
+    head = struct.unpack("<QiiQ", state[:24])
+    words = struct.unpack(f"<{_WORDS}Q", state[24:5016])
+    pattern = struct.pack(f"<Qi?xxxI{_WORDS}I", *head, *words)
+    at = ctypes.string_at(address, len(pattern) + 96).find(pattern)
+    if at < 0:
+        return None
+    return _memory(address + at, 36), _memory(address + at + len(pattern), 28)
+
+
 _torch = _TorchState()
 _numpy = _NumpyState()
 _python = _PythonState()
 
 
+class _Last:
+    """The last captured state and the marks it was captured at."""
+
+    randomness: Randomness | None = None
+    marks: list[bytes] = []
+    gauss: Any = None
+
+
+def capture(devices: Sequence[torch.device] = ()) -> Randomness:
+    """The present state; the same object while no generator moved.
+
+    On the path of every inner step. Every Python frame costs microseconds when the caches are
+    cold, so this one looks at all generators itself.
+    """
+    if devices or _torch.pieces is None or _python.near is None:
+        return Randomness(devices)
+    pieces = (*_torch.pieces, _python.near, _numpy.first, _numpy.position)
+    marks = list(map(memoryview.tobytes, pieces))
+    if (
+        _Last.randomness is not None
+        and marks == _Last.marks
+        and _Last.gauss == _python.owner.gauss_next  # type: ignore[attr-defined]
+        and np.random.get_bit_generator() is _numpy.generator  # type: ignore[attr-defined]
+        and not _numpy.full["has_gauss"]
+    ):
+        return _Last.randomness
+    _Last.randomness = Randomness()
+    _Last.marks = marks
+    _Last.gauss = _python.owner.gauss_next  # type: ignore[attr-defined]
+    return _Last.randomness
+
+
 class Randomness:
-    """The state of every generator, taken by `capture` and put back by `restore`.
+    """The state of every generator when it is made, put back by `restore`.
 
     Args:
         devices: accelerators whose default generators are included.
