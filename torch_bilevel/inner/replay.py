@@ -11,9 +11,8 @@ Memory is the recorded iterates and the graph of one step, never the graph of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from ..errors import OpaqueStep, ReplayMismatch
 from ..problem import BilevelProblem
-from .rule import UpdateRule
+from .adjoint import Adjoint, mismatch, pull_back
+from .rule import Hyper, UpdateRule
 from .trajectory import Pool, StepRecord, copy_states, tensors_of
 from .transforms import GradientTransform
 from .verification import consumed, tolerance
@@ -119,8 +119,7 @@ def reverse(
     first = len(earlier)
     records = [*earlier, *steps]
     stepper = Stepper(problem, rules, transform, Pool())
-    value_adjoint = _split(layout, adjoint)
-    state_adjoint: list[dict[str, Tensor]] = [{} for _ in value_adjoint]
+    bar = Adjoint(layout, adjoint)
     with problem.inner.swapped() as following:
         end = len(records)
         while end > first:
@@ -133,45 +132,23 @@ def reverse(
                 record, point = records[index], points[index - begin]
                 problem.inner.overwrite(point.values)
                 at = problem.linearize(record.calls)
-                value_adjoint, gradient_adjoint, state_adjoint, error = (
-                    stepper.pull_back(
-                        record, point, at.parts, value_adjoint, state_adjoint, following
-                    )
-                )
-                hv, jv = at.joint(layout.flatten(gradient_adjoint))
-                value_adjoint = [
-                    known + part
-                    for known, part in zip(
-                        value_adjoint, _split(layout, hv), strict=True
-                    )
-                ]
-                result.outer = result.outer + jv
+                error = stepper.pull_back(record, point, at.parts, bar, following)
+                hv, jv = at.joint(bar.gradient, last=True)
+                bar.values += hv
+                result.outer += jv
                 result.reached = [
                     a or b for a, b in zip(result.reached, at.reached, strict=True)
                 ]
                 result.mismatch.append(error)
                 result.steps.append(record)
                 following = point.values
-                del at  # its graph, before the next step's is built
+                del at, hv, jv  # before the next step's graph is built
             end = begin
             for point in points[1:]:  # the first is the record's own
                 stepper.pool.give_back(tensors_of(point.values, point.states))
             del points
-    result.inner = layout.flatten(value_adjoint)
+    result.inner = bar.values
     return result
-
-
-def _split(layout: Any, vector: Tensor) -> list[Tensor]:
-    """Parts of a vector in the vector's own dtype (rules are differentiated in it)."""
-    return [
-        piece.view(shape).to(device)
-        for piece, shape, device in zip(
-            torch.split(vector, layout.sizes),
-            layout.shapes,
-            layout.devices,
-            strict=True,
-        )
-    ]
 
 
 class Stepper:
@@ -226,19 +203,19 @@ class Stepper:
         """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
         used = consumed(gradients, record.present(), values, self.transform)
         new_values, new_states = [], []
-        for step, value, gradient, state in zip(
+        for (rule, hyper), value, gradient, state in zip(
             self._updates(record), values, used, states, strict=True
         ):
             if gradient is not None:
-                value, state = step(value, gradient, state)
+                value, state = rule.step(value, gradient, state, hyper)
             new_values.append(value)
             new_states.append(state)
         return new_values, new_states
 
-    def _updates(self, record: StepRecord) -> list[Callable[..., Any]]:
-        """Per parameter, its rule with the hyperparameters of the step."""
+    def _updates(self, record: StepRecord) -> list[tuple[UpdateRule, Hyper]]:
+        """Per parameter, its rule and the hyperparameters of the step."""
         return [
-            partial(_update, self.rules[number], record.parts[number].hyper[group])
+            (self.rules[number], record.parts[number].hyper[group])
             for number in sorted(record.parts)
             for group in record.parts[number].groups
         ]
@@ -248,144 +225,75 @@ class Stepper:
         record: StepRecord,
         point: Point,
         gradients: Sequence[Tensor | None],
-        value_adjoint: Sequence[Tensor],
-        state_adjoint: Sequence[dict[str, Tensor]],
+        bar: Adjoint,
         following: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor | None], list[dict[str, Tensor]], Tensor]:
-        """Vector-Jacobian product of the rules at a detached gradient.
-
-        One parameter at a time, so that a rule's intermediates live for one tensor only.
+    ) -> Tensor:
+        """Pull the adjoint through a step's rules at a detached gradient, in place.
 
         Returns:
-            Adjoints of values, gradients and states, and how far the rule's value is from
-            the recorded next parameters, relative to the step.
+            How far the rules' values are from the recorded next parameters, relative to the
+            step.
         """
-        dtype = self.problem.inner.layout.dtype
         raw = [
-            None if g is None else g.detach().to(v.device, dtype)
+            None if g is None else g.detach().to(v.device, bar.values.dtype)
             for g, v in zip(gradients, point.values, strict=True)
         ]
         with torch.no_grad():
             used = consumed(raw, record.present(), point.values, self.transform)
-        value_bars: list[Tensor] = []
-        gradient_bars: list[Tensor | None] = []
-        state_bars: list[dict[str, Tensor]] = []
-        errors = []
-        for step, value, g, state, value_bar, state_bar, actual in zip(
-            self._updates(record),
-            point.values,
-            used,
-            point.states,
-            value_adjoint,
-            state_adjoint,
-            following,
-            strict=True,
+        norms: list[Tensor] = []
+        gradient_bars = bar.parts(bar.gradient)
+        for index, ((rule, hyper), value, g, state, next_value) in enumerate(
+            zip(
+                self._updates(record),
+                point.values,
+                used,
+                point.states,
+                following,
+                strict=True,
+            )
         ):
             if g is None:  # torch skipped it: nothing happened
-                found = value_bar, None, state_bar, value
-            else:
-                found = _pull_one(step, value, g, state, value_bar, state_bar, dtype)
-            value_bars.append(found[0])
-            gradient_bars.append(found[1])
-            state_bars.append(found[2])
-            errors.append(_norms(found[3], actual, value, dtype))
+                gradient_bars[index].zero_()
+                continue
+            bar.states[index], found = pull_back(
+                rule,
+                hyper,
+                (value, g, state),
+                next_value,
+                bar.parts(bar.values)[index],
+                gradient_bars[index],
+                bar.states[index],
+            )
+            norms += found
         if self.transform is not None:
-            gradient_bars = self._through_transform(record, point, raw, gradient_bars)
-        return value_bars, gradient_bars, state_bars, _error(errors, point.values)
+            self._through_transform(record, point, raw, gradient_bars)
+        eps = max(torch.finfo(value.dtype).eps for value in point.values)
+        return mismatch(norms, eps)
 
     def _through_transform(
         self,
         record: StepRecord,
         point: Point,
         raw: Sequence[Tensor | None],
-        adjoints: Sequence[Tensor | None],
-    ) -> list[Tensor | None]:
-        """Pull adjoints of the transformed gradients back to the raw ones."""
+        bars: Sequence[Tensor],
+    ) -> None:
+        """Pull adjoints of the transformed gradients back to the raw ones, in place."""
         leaves = [None if g is None else g.detach().requires_grad_() for g in raw]
         with torch.enable_grad():
             used = consumed(leaves, record.present(), point.values, self.transform)
         pairs = [
-            (u, a)
-            for u, a in zip(used, adjoints, strict=True)
-            if u is not None and a is not None and u.requires_grad
+            (u, bar.view(u.shape).to(u.device))
+            for u, bar in zip(used, bars, strict=True)
+            if u is not None and u.requires_grad
         ]
         inputs = [g for g in leaves if g is not None]
         found = torch.autograd.grad(
             [u for u, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True
         )
-        bars = iter(found)
-        return [None if g is None else next(bars) for g in leaves]
-
-
-def _update(
-    rule: UpdateRule, hyper: dict[str, Any], value: Tensor, g: Tensor, state: Any
-) -> tuple[Tensor, dict[str, Any]]:
-    return rule.step(value, g, state, hyper)
-
-
-def _pull_one(
-    step: Callable[..., Any],
-    value: Tensor,
-    gradient: Tensor,
-    state: dict[str, Any],
-    value_bar: Tensor,
-    state_bar: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor], Tensor]:
-    """The rule's vector-Jacobian product for one parameter, and its value."""
-
-    def leaf(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(value.device, dtype).requires_grad_()
-
-    y, g = leaf(value), leaf(gradient)
-    s = {
-        k: leaf(v) if isinstance(v, Tensor) and k != "step" else v
-        for k, v in state.items()
-    }
-    with torch.enable_grad():
-        new_value, new_state = step(y, g, s)
-    pairs = [(new_value, value_bar)]
-    pairs += [(new_state[key], weight) for key, weight in state_bar.items()]
-    pairs = [(output, weight) for output, weight in pairs if output.requires_grad]
-    tracked = {key: t for key, t in s.items() if _tracked(t)}
-    found = torch.autograd.grad(
-        [output for output, _ in pairs],
-        [y, g, *tracked.values()],
-        [weight for _, weight in pairs],
-        allow_unused=True,
-    )
-    return (
-        _or_zero(found[0], y),
-        found[1],
-        {
-            key: _or_zero(bar, t)
-            for (key, t), bar in zip(tracked.items(), found[2:], strict=True)
-        },
-        new_value.detach(),
-    )
-
-
-def _tracked(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value
-
-
-@torch.no_grad()
-def _norms(
-    predicted: Tensor, actual: Tensor, before: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """‖predicted − actual‖, ‖actual − before‖ and ‖actual‖ of one parameter."""
-    a = actual.to(predicted.device)
-    parts = (predicted - a, a - before.to(a.device), a)
-    return torch.stack([torch.linalg.vector_norm(part).to(dtype) for part in parts])
-
-
-def _error(norms: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """The rule's error beyond rounding, relative to the step."""
-    eps = max(torch.finfo(value.dtype).eps for value in values)
-    table = torch.stack([norm.to(norms[0].device) for norm in norms])
-    off, moved, size = torch.linalg.vector_norm(table, dim=0)
-    return torch.where(off <= 8 * eps * size, torch.zeros_like(off), off / moved)
+        new = iter(found)
+        for leaf, bar in zip(leaves, bars, strict=True):
+            part = None if leaf is None else next(new)
+            if part is None:
+                bar.zero_()
+            else:
+                bar.copy_(part.reshape(-1))

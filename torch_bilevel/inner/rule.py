@@ -44,11 +44,13 @@ class UpdateRule:
         optimizer: the class it mirrors.
         step: ``(parameter, gradient, state, hyper) -> (parameter, state)``, pure.
         stationarity: ``(parameter, gradient, state, hyper) -> Stationarity``.
+        elementwise: every entry moves by itself, so that a parameter can be taken in pieces.
     """
 
     optimizer: type[torch.optim.Optimizer]
     step: Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State]]
     stationarity: Callable[[Tensor, Tensor | None, State, Hyper], Stationarity]
+    elementwise: bool = True
 
 
 def l2_stationarity(

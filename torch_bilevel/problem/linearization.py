@@ -56,14 +56,21 @@ class Linearization:
         """J v = ∂_x⟨∇_y g, v⟩, flat, of the outer layout."""
         return self._product(v, inner=False, outer=True)[1]
 
-    def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(H v, J v) from one backward pass."""
-        return self._product(v, inner=True, outer=True)
+    def joint(self, v: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+        """(H v, J v) from one backward pass.
+
+        Args:
+            v: flat, of the inner layout.
+            last: no product follows, so the graph is freed as the pass goes.
+        """
+        return self._product(v, inner=True, outer=True, last=last)
 
     def _now(self) -> tuple:
         return self.problem.inner.token(), self.problem.outer.token()
 
-    def _product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+    def _product(
+        self, v: Tensor, inner: bool, outer: bool, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if self._now() != self._token:
             raise StalePoint(
                 "This linearisation belongs to another point: the inner or outer parameters "
@@ -80,7 +87,7 @@ class Linearization:
                 [weights[index] for index in self._live],
                 problem.inner.tensors if inner else (),
                 problem.outer.tensors if outer else (),
-                retain_graph=True,
+                retain_graph=not last,
             )
             to_inner, to_outer = found[0] or to_inner, found[1] or to_outer
         self.reached = [

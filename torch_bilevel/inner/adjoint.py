@@ -1,0 +1,166 @@
+"""Vector-Jacobian products of update rules, and the adjoints they move.
+
+With the adjoint (ȳ, s̄) of (y_{k+1}, s_{k+1}) and a detached gradient G,
+
+    (ȳ, Ḡ, s̄) ← (ȳ, s̄) · ∂Φ/∂(y, G, s) at (y_k, G, s_k)
+
+written over the adjoints in place. Rules act entry by entry (but for Muon's), so on the CPU large
+parameters are taken in pieces: a rule's two dozen intermediates then stay in the cache, and cost
+no memory to speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._vector import Layout
+from .rule import Hyper, State, UpdateRule
+
+PIECE = 2**16  # entries
+
+
+class Adjoint:
+    """The adjoint of an iterate: of its values, its optimizer state, and the gradient consumed.
+
+    Args:
+        layout: of the inner parameters.
+        values: the adjoint of the values, flat; copied.
+    """
+
+    def __init__(self, layout: Layout, values: Tensor):
+        self.layout = layout
+        self.values = values.clone()
+        self.gradient = torch.zeros_like(values)
+        self.states: list[dict[str, Tensor]] = [{} for _ in layout.sizes]
+
+    def parts(self, vector: Tensor) -> Sequence[Tensor]:
+        """Flat views of a vector, one per parameter."""
+        return torch.split(vector, self.layout.sizes)
+
+
+def pull_back(
+    rule: UpdateRule,
+    hyper: Hyper,
+    point: tuple[Tensor, Tensor, State],
+    following: Tensor,
+    value_bar: Tensor,
+    gradient_bar: Tensor,
+    state_bar: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Pull the adjoint of one parameter through one step, in place.
+
+    Args:
+        rule: the update rule.
+        hyper: the hyperparameters of the step.
+        point: parameter, gradient and state before the step.
+        following: the parameter after it, as recorded.
+        value_bar: adjoint of the value, flat; overwritten.
+        gradient_bar: adjoint of the gradient, flat; overwritten.
+        state_bar: adjoint of the state after the step, flat; overwritten.
+
+    Returns:
+        The adjoint of the state before the step, and norms for `mismatch`.
+    """
+    value, gradient, state = point
+    dtype = value_bar.dtype
+    before: dict[str, Tensor] = {}
+    norms = []
+    for piece in _pieces(rule, value, state):
+        y = _leaf(_cut(value, piece), dtype)
+        g = _leaf(_cut(gradient, piece), dtype)
+        s = {
+            key: _leaf(_cut(v, piece) if v.shape == value.shape else v, dtype)
+            if _differentiable(key, v)
+            else v
+            for key, v in state.items()
+        }
+        with torch.enable_grad():
+            new_value, new_state = rule.step(y, g, s, hyper)
+        # Copies, for autograd may hand a weight through, into what is written below.
+        pairs = [(new_value, value_bar)]
+        pairs += [(new_state[key], bar) for key, bar in state_bar.items()]
+        pairs = [
+            (output, _cut(bar, piece).view(output.shape).to(output.device, copy=True))
+            for output, bar in pairs
+            if output.requires_grad
+        ]
+        leaves = {key: v for key, v in s.items() if _differentiable(key, v)}
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [y, g, *leaves.values()],
+            [weight for _, weight in pairs],
+            allow_unused=True,
+        )
+        _put(value_bar, piece, found[0])
+        _put(gradient_bar, piece, found[1])
+        for key, bar in zip(leaves, found[2:], strict=True):
+            if key not in before:
+                known = state_bar.get(key)
+                before[key] = (
+                    value_bar.new_zeros(state[key].numel()) if known is None else known
+                )
+            _put(before[key], piece, bar)
+        norms.append(_norms(new_value.detach(), _cut(following, piece), y.detach()))
+    return before, norms
+
+
+def _pieces(rule: UpdateRule, value: Tensor, state: State) -> Iterator[slice | None]:
+    """Ranges of entries that can be taken one after the other; None is all at once."""
+    whole = (
+        not rule.elementwise
+        or value.device.type != "cpu"
+        or value.numel() <= PIECE
+        or any(
+            v.shape != value.shape for k, v in state.items() if _differentiable(k, v)
+        )
+    )
+    if whole:
+        yield None
+        return
+    for start in range(0, value.numel(), PIECE):
+        yield slice(start, min(start + PIECE, value.numel()))
+
+
+def _cut(tensor: Tensor, piece: slice | None) -> Tensor:
+    return tensor if piece is None else tensor.reshape(-1)[piece]
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).requires_grad_()
+
+
+def _differentiable(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and key != "step"
+
+
+def _put(bar: Tensor, piece: slice | None, value: Tensor | None) -> None:
+    """Write a piece of an adjoint; None is zero."""
+    into = _cut(bar, piece)
+    if value is None:
+        into.zero_()
+    else:
+        into.copy_(value.reshape(-1))
+
+
+@torch.no_grad()
+def _norms(predicted: Tensor, actual: Tensor, before: Tensor) -> Tensor:
+    """‖predicted − actual‖, ‖actual − before‖ and ‖actual‖ of a piece."""
+    a = actual.to(predicted.device, predicted.dtype)
+    parts = (predicted - a, a - before, a)
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts])
+
+
+def mismatch(norms: Sequence[Tensor], eps: float) -> Tensor:
+    """How far the rules are from the recorded step: beyond rounding, relative to the step.
+
+    Args:
+        norms: of every piece.
+        eps: the rounding of the parameters' dtype.
+    """
+    table = torch.stack([norm.to(norms[0].device) for norm in norms])
+    off, moved, size = torch.linalg.vector_norm(table, dim=0)
+    return torch.where(off <= 8 * eps * size, torch.zeros_like(off), off / moved)
