@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arithmetic import add, addcdiv, addcmul, is_on, lerp, number, root
 from .rule import Hyper, State, Stationarity, UpdateRule, l2_stationarity
-from .sgd import number
 
 
 def adam(
@@ -33,29 +33,24 @@ def adam(
     """
     lr = hyper["lr"]  # a float32 tensor stays one, for torch rounds in it too
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
+    decay = number(hyper["weight_decay"])
     step = float(state.get("step", 0.0)) + 1
     zero = torch.zeros_like(parameter)
     g = -gradient if hyper["maximize"] else gradient
-    if hyper["weight_decay"] != 0:
+    if is_on(decay):
         if hyper.get("decoupled_weight_decay"):
-            parameter = parameter * (1 - lr * hyper["weight_decay"])
+            parameter = parameter * (1 - lr * decay)
         else:
-            g = torch.add(g, parameter, alpha=hyper["weight_decay"])
-    m = torch.lerp(state.get("exp_avg", zero), g, 1 - beta1)
-    v = torch.addcmul(state.get("exp_avg_sq", zero) * beta2, g, g, value=1 - beta2)
+            g = add(g, parameter, alpha=decay)
+    m = lerp(state.get("exp_avg", zero), g, 1 - beta1)
+    v = addcmul(state.get("exp_avg_sq", zero) * beta2, g, g, value=1 - beta2)
     state = {**state, "step": step, "exp_avg": m, "exp_avg_sq": v}
     if hyper["amsgrad"]:
         v = torch.maximum(state.get("max_exp_avg_sq", zero), v)
         state["max_exp_avg_sq"] = v
     denominator = root(v) / (1 - beta2**step) ** 0.5 + hyper["eps"]
     step_size = number(lr / (1 - beta1**step))
-    return torch.addcdiv(parameter, m, denominator, value=-step_size), state
-
-
-def root(v: Tensor) -> Tensor:
-    """√v with derivative 0 where v = 0."""
-    zero = v == 0
-    return torch.where(zero, v, torch.where(zero, torch.ones_like(v), v).sqrt())
+    return addcdiv(parameter, m, denominator, value=-step_size), state
 
 
 def adam_stationarity(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arithmetic import add, is_on, number
 from .rule import Hyper, State, UpdateRule, l2_stationarity
 
 
@@ -26,26 +27,21 @@ def sgd(
     Returns:
         y_{k+1} and the next state.
     """
-    momentum = hyper["momentum"]
+    momentum, decay = number(hyper["momentum"]), number(hyper["weight_decay"])
     g = -gradient if hyper["maximize"] else gradient
-    if hyper["weight_decay"] != 0:
-        g = torch.add(g, parameter, alpha=hyper["weight_decay"])
-    if momentum != 0:
+    if is_on(decay):
+        g = add(g, parameter, alpha=decay)
+    if is_on(momentum):
         buffer = state.get("momentum_buffer")
         # torch detaches its first buffer even when asked to be differentiable; this one is g.
         buffer = (
             g
             if buffer is None
-            else torch.add(buffer * momentum, g, alpha=1 - hyper["dampening"])
+            else add(buffer * momentum, g, alpha=1 - number(hyper["dampening"]))
         )
         state = {**state, "momentum_buffer": buffer}
-        g = torch.add(g, buffer, alpha=momentum) if hyper["nesterov"] else buffer
-    return torch.add(parameter, g, alpha=-number(hyper["lr"])), state
-
-
-def number(value: float | Tensor) -> float:
-    """A hyperparameter that torch allows to be a 0-d tensor, as a number."""
-    return float(value)
+        g = add(g, buffer, alpha=momentum) if hyper["nesterov"] else buffer
+    return add(parameter, g, alpha=-number(hyper["lr"])), state
 
 
 SGD = UpdateRule(torch.optim.SGD, sgd, l2_stationarity)

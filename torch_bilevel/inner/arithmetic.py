@@ -1,0 +1,54 @@
+"""The arithmetic of update rules: torch's own forms, differentiable in hyperparameters too.
+
+``torch.add(y, x, alpha=a)`` and its kin round as ``torch.optim`` does, but take ``a`` as a number.
+A hyperparameter that is to be differentiated is a tensor; the formula is then written out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+def number(value: Scalar) -> Scalar:
+    """A hyperparameter as a number, unless it is a tensor that is differentiated."""
+    if isinstance(value, Tensor) and (value.requires_grad or value.dim()):
+        return value
+    return float(value)
+
+
+def is_on(value: Scalar) -> bool:
+    """Whether a term with this factor is part of the update: not 0, or differentiated."""
+    return isinstance(value, Tensor) or value != 0
+
+
+def add(y: Tensor, x: Tensor, alpha: Scalar) -> Tensor:
+    """Y + alpha·x"""
+    return y + alpha * x if isinstance(alpha, Tensor) else torch.add(y, x, alpha=alpha)
+
+
+def addcmul(y: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
+    """Y + value·a·b"""
+    if isinstance(value, Tensor):
+        return y + value * a * b
+    return torch.addcmul(y, a, b, value=value)
+
+
+def addcdiv(y: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
+    """Y + value·a/b"""
+    if isinstance(value, Tensor):
+        return y + value * a / b
+    return torch.addcdiv(y, a, b, value=value)
+
+
+def lerp(y: Tensor, x: Tensor, weight: Scalar) -> Tensor:
+    """Y + weight·(x − y)"""
+    return torch.lerp(y, x, weight)
+
+
+def root(v: Tensor) -> Tensor:
+    """√v with derivative 0 where v = 0 (a coordinate that never had a gradient)."""
+    zero = v == 0
+    return torch.where(zero, v, torch.where(zero, torch.ones_like(v), v).sqrt())
