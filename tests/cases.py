@@ -14,6 +14,8 @@ ESTIMATORS = {
     "neumann": "neumann(num_steps=20000)",
     "identity": None,
     "unrolled": None,
+    "forward": None,
+    "forward_gradient": None,
 }
 
 SYMMETRIC_ONLY = {"cg", "minres"}
@@ -50,6 +52,88 @@ RULES += [
     for options in ADAM_OPTIONS
 ]
 RULES += [(ADAM, {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True})]
+
+RMSPROP, ADAGRAD, ADADELTA = (
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+)
+ADAMAX, NADAM, RADAM = torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam
+ASGD, RPROP, MUON = torch.optim.ASGD, torch.optim.Rprop, torch.optim.Muon
+DECAYED = {"weight_decay": 0.1, "maximize": True}
+DECOUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+BETAS = {"betas": (0.5, 0.7), "eps": 1e-3}
+TENSOR = {"lr": torch.tensor(0.03, dtype=torch.float64)}
+OTHERS = {
+    RMSPROP: [
+        {},
+        {"weight_decay": 0.1},
+        {"centered": True, "eps": 1e-3},
+        {"momentum": 0.9, "alpha": 0.7},
+        {"momentum": 0.5, "centered": True, "alpha": 0.7, **DECAYED},
+        {"momentum": 0.5, **TENSOR},
+    ],
+    ADAGRAD: [
+        {},
+        {"weight_decay": 0.1},
+        {"lr_decay": 0.3},
+        {"initial_accumulator_value": 0.5, "eps": 1e-3},
+        {"lr_decay": 0.3, "initial_accumulator_value": 0.1, **DECAYED},
+        {"lr_decay": 0.3, **TENSOR},
+    ],
+    ADADELTA: [
+        {"lr": 1.0},
+        {"lr": 1.0, "weight_decay": 0.1},
+        {"lr": 0.5, "rho": 0.6, "eps": 1e-3},
+        {"lr": 0.5, "rho": 0.6, "eps": 1e-3, **DECAYED},
+        {"eps": 1e-3, **TENSOR},
+    ],
+    ADAMAX: [{}, {"weight_decay": 0.1}, BETAS, {**BETAS, **DECAYED}, TENSOR],
+    NADAM: [
+        {},
+        {"weight_decay": 0.1},
+        DECOUPLED,
+        {"momentum_decay": 0.3},
+        {"momentum_decay": 0.0, **BETAS, **DECAYED},
+        {"maximize": True, **DECOUPLED, **BETAS},
+        TENSOR,
+    ],
+    # ρₜ > 5 from step 6 on, with the last row's betas never
+    RADAM: [
+        {},
+        {"weight_decay": 0.1},
+        DECOUPLED,
+        {"betas": (0.5, 0.99), "eps": 1e-3, **DECAYED},
+        {"maximize": True, **DECOUPLED},
+        TENSOR,
+        {**BETAS, "betas": (0.5, 0.6), **DECOUPLED},
+    ],
+    ASGD: [
+        {},
+        {"weight_decay": 0.1},
+        {"lambd": 0.2, "alpha": 0.6, "t0": 1},
+        {"lambd": 0.2, "t0": 2, **DECAYED},
+        {"lambd": 0.2, "t0": 0, **TENSOR},
+    ],
+    RPROP: [
+        {},
+        {"etas": (0.3, 1.4), "maximize": True},
+        {"step_sizes": (0.015, 0.025)},
+        TENSOR,
+    ],
+    MUON: [
+        {},
+        {"weight_decay": 0.0, "nesterov": False},
+        {"momentum": 0.5, "adjust_lr_fn": "match_rms_adamw"},
+        {"ns_steps": 3, "ns_coefficients": (1.5, -0.5, 0.0), "eps": 1e-3},
+        {"adjust_lr_fn": "original", **TENSOR},
+    ],
+}
+RULES += [
+    (kind, {"lr": 0.02, **options})
+    for kind, table in OTHERS.items()
+    for options in table
+]
 
 
 def rule_id(case):

@@ -39,7 +39,7 @@ def adam(
     g = -gradient if hyper["maximize"] else gradient
     if is_on(decay):
         if hyper.get("decoupled_weight_decay"):
-            parameter = parameter * (1 - lr * decay)
+            parameter = parameter * number(1 - lr * decay)
         else:
             g = add(g, parameter, alpha=decay)
     m = lerp(state.get("exp_avg", zero), g, 1 - beta1)
@@ -62,8 +62,8 @@ def adam_stationarity(
     m̂/(√v̂ + ε) + wd·y = 0 with m̂ → ∇_y g, that is ±∇_y g + wd·D y = 0 with D = √v̂ + ε
     of the present state, held fixed.
     """
-    decay = hyper["weight_decay"]
-    if not decay or not hyper.get("decoupled_weight_decay"):
+    decay = number(hyper["weight_decay"])
+    if not is_on(decay) or not hyper.get("decoupled_weight_decay"):
         return l2_stationarity(parameter, gradient, state, hyper)
     step = float(state.get("step", 0.0))
     v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))

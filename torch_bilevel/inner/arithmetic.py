@@ -25,26 +25,26 @@ def is_on(value: Scalar) -> bool:
 
 
 def add(y: Tensor, x: Tensor, alpha: Scalar) -> Tensor:
-    """Y + alpha·x"""
+    """Return y + alpha·x."""
     return y + alpha * x if isinstance(alpha, Tensor) else torch.add(y, x, alpha=alpha)
 
 
 def addcmul(y: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
-    """Y + value·a·b"""
+    """Return y + value·a·b."""
     if isinstance(value, Tensor):
         return y + value * a * b
     return torch.addcmul(y, a, b, value=value)
 
 
 def addcdiv(y: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
-    """Y + value·a/b"""
+    """Return y + value·a/b."""
     if isinstance(value, Tensor):
         return y + value * a / b
     return torch.addcdiv(y, a, b, value=value)
 
 
 def lerp(y: Tensor, x: Tensor, weight: Scalar) -> Tensor:
-    """Y + weight·(x − y)"""
+    """Return y + weight·(x − y)."""
     return torch.lerp(y, x, weight)
 
 

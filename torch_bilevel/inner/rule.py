@@ -8,7 +8,7 @@ the ``torch.optim`` class it mirrors and its derivative to finite differences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoUpdateRule
+from .arithmetic import number
 
 State = dict[str, Any]
 Hyper = Mapping[str, Any]
@@ -36,6 +37,10 @@ class Stationarity(NamedTuple):
     frozen: bool = False
 
 
+Step = Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State]]
+StationarityOf = Callable[[Tensor, Tensor | None, State, Hyper], Stationarity]
+
+
 @dataclass(frozen=True)
 class UpdateRule:
     """The update of one optimizer class.
@@ -43,13 +48,14 @@ class UpdateRule:
     Attributes:
         optimizer: the class it mirrors.
         step: ``(parameter, gradient, state, hyper) -> (parameter, state)``, pure.
-        stationarity: ``(parameter, gradient, state, hyper) -> Stationarity``.
+        stationarity: ``(parameter, gradient, state, hyper) -> Stationarity``; None where it is
+            not known how weight decay enters.
         elementwise: every entry moves by itself, so that a parameter can be taken in pieces.
     """
 
     optimizer: type[torch.optim.Optimizer]
-    step: Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State]]
-    stationarity: Callable[[Tensor, Tensor | None, State, Hyper], Stationarity]
+    step: Step
+    stationarity: StationarityOf | None = None
     elementwise: bool = True
 
 
@@ -58,7 +64,7 @@ def l2_stationarity(
 ) -> Stationarity:
     """Weight decay added to the gradient: ±∇_y g + wd·y = 0."""
     sign = -1.0 if hyper.get("maximize") else 1.0
-    return Stationarity(sign, hyper.get("weight_decay") or 0.0)
+    return Stationarity(sign, number(hyper.get("weight_decay", 0.0)))
 
 
 def find_rule(
@@ -78,39 +84,59 @@ def missing_rule(
 ) -> str:
     """The message for an optimizer without a rule."""
     name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return (
+            "A step of LBFGS evaluates its closure several times and searches along a line, which "
+            "is not one differentiable update, so it cannot be unrolled. Use an implicit "
+            "estimator such as 'cg', which needs no rule (LBFGS reaches the stationary point it "
+            "relies on quickly), or unroll SGD or Adam."
+        )
     known = ", ".join(cls.__name__ for cls in rules)
     return (
         f"The update rule of {name} is not known, so its steps cannot be differentiated "
         f"(known: {known}). Use an implicit estimator such as 'cg', which needs no rule, or "
-        f"one of the known optimizers. docs/extending.md shows how to write a rule: a pure "
-        f"function step(parameter, gradient, state, hyper) -> (parameter, state), an "
-        f"UpdateRule({name}, step, l2_stationarity), and one import line."
+        "one of the known optimizers, or register its update, a pure function "
+        f"step(parameter, gradient, state, hyper) -> (parameter, state): "
+        f"tb.register_update_rule({name}, step); docs/extending.md shows Lion's in ten lines."
     )
 
 
 def stationarity(
-    optimizer: torch.optim.Optimizer, rules: Mapping[type, UpdateRule]
+    optimizer: torch.optim.Optimizer,
+    rules: Mapping[type, UpdateRule],
+    groups: Sequence[Hyper] | None = None,
 ) -> list[Stationarity]:
     """The stationarity of every parameter of an optimizer, at its present state.
+
+    Args:
+        optimizer: the optimizer.
+        rules: the rules that are known.
+        groups: hyperparameters to use in place of the present ones, per group.
+
+    Returns:
+        One per parameter.
 
     Raises:
         NoUpdateRule: the optimizer has weight decay and no rule that says how it enters.
     """
     rule = find_rule(optimizer, rules)
+    equation = None if rule is None else rule.stationarity
     found = []
-    for group in optimizer.param_groups:
-        if rule is None and group.get("weight_decay"):
+    for index, group in enumerate(optimizer.param_groups):
+        hyper = group if groups is None else groups[index]
+        if equation is None and group.get("weight_decay"):
             raise NoUpdateRule(
                 f"{type(optimizer).__name__} has weight_decay={group['weight_decay']} and no "
-                "update rule that says how it enters the inner problem; the implicit system "
+                "stationarity that says how it enters the inner problem; the implicit system "
                 "would be that of another problem. Put the penalty into the registered loss "
-                "and set weight_decay=0, or write a rule (docs/extending.md)."
+                "and set weight_decay=0, or register a rule with its stationarity "
+                "(tb.register_update_rule, docs/extending.md)."
             )
         for parameter in group["params"]:
-            if rule is None:
+            if equation is None:
                 sign = -1.0 if group.get("maximize") else 1.0
                 found.append(Stationarity(sign))
             else:
                 state = optimizer.state.get(parameter, {})
-                found.append(rule.stationarity(parameter.detach(), None, state, group))
+                found.append(equation(parameter.detach(), None, state, hyper))
     return found
