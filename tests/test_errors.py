@@ -377,12 +377,81 @@ def argument_carries_graph():
     problem.train(X * problem.logits.exp()[:, None], t, index)
 
 
+class Unknown(SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
 def no_update_rule():
-    plain(inner=torch.optim.RMSprop([leaf(2)], lr=0.1), estimator="unrolled")
+    plain(inner=Unknown([leaf(2)], lr=0.1), estimator="unrolled")
+
+
+def lbfgs_unrolled():
+    plain(inner=torch.optim.LBFGS([leaf(2)], lr=0.1), estimator="unrolled")
 
 
 def decay_of_an_unknown_optimizer():
-    plain(inner=torch.optim.RMSprop([leaf(2)], lr=0.1, weight_decay=0.1))
+    plain(inner=Unknown([leaf(2)], lr=0.1, weight_decay=0.1))
+
+
+def rule_of_an_instance():
+    tb.register_update_rule(SGD([leaf(2)], lr=0.1), lambda *_: None)  # type: ignore
+
+
+def rule_without_a_function():
+    tb.register_update_rule(Unknown, None)  # type: ignore
+
+
+def with_hyperparameters(values, estimator="unrolled"):
+    setup = Setup(estimator)
+    setup.optimizer.inner_hyperparameters(lambda step: values(setup.lam))
+    setup.problem.steps(setup.optimizer, 1)
+    setup.go()
+
+
+def hyperparameter_that_does_not_exist():
+    with_hyperparameters(lambda lam: {"learning_rate": lam[0]})
+
+
+def hyperparameter_of_another_shape():
+    with_hyperparameters(lambda lam: {"lr": torch.ones(3)})
+
+
+def hyperparameters_of_too_many_groups():
+    with_hyperparameters(lambda lam: [{"lr": 0.1}, {"lr": 0.1}])
+
+
+def hyperparameters_that_are_none():
+    with_hyperparameters(lambda lam: None)
+
+
+def hyperparameters_as_a_value():
+    plain().inner_hyperparameters({"lr": 0.1})
+
+
+def check_of_forward_mode():
+    setup = Setup("forward")
+    tb.check_hypergradient(setup.optimizer)
+
+
+def forward_mode_with_many_outer_numbers():
+    Setup("forward(max_outer=2)")
+
+
+def forward_mode_that_did_not_follow():
+    Setup().optimizer.hypergradient(estimator="forward")
+
+
+def iterates_beyond_their_budget():
+    Setup("unrolled(iterate_bytes=200)", steps=9)
+
+
+def checkpoints_at_a_word():
+    tb.Unrolled(checkpoint_every="sometimes")
+
+
+def learning_rate_with_an_implicit_estimator():
+    with_hyperparameters(lambda lam: {"lr": lam.sum() * 0 + 0.1}, "cg")
 
 
 def trajectory_too_long():
@@ -581,7 +650,45 @@ TABLE = [
         tb.ArgumentCarriesGraph,
         r"MulBackward0.*inside the registered",
     ),
-    (no_update_rule, tb.NoUpdateRule, r"RMSprop.*'cg'.*stationarity"),
+    (no_update_rule, tb.NoUpdateRule, r"Unknown.*'cg'.*register_update_rule"),
+    (lbfgs_unrolled, tb.NoUpdateRule, r"LBFGS.*closure.*'cg'"),
+    (rule_of_an_instance, TypeError, r"not an instance"),
+    (rule_without_a_function, TypeError, r"Unknown, None.*step\(parameter"),
+    (
+        hyperparameter_that_does_not_exist,
+        tb.InvalidHyperparameters,
+        r"'learning_rate', which no group has.*lr, momentum",
+    ),
+    (
+        hyperparameter_of_another_shape,
+        tb.InvalidHyperparameters,
+        r"'lr' to a tensor of shape \(3,\)",
+    ),
+    (
+        hyperparameters_of_too_many_groups,
+        tb.InvalidHyperparameters,
+        r"a list of 2.*1 dictionaries",
+    ),
+    (hyperparameters_that_are_none, tb.InvalidHyperparameters, r"returned None"),
+    (hyperparameters_as_a_value, TypeError, r"pass a function"),
+    (check_of_forward_mode, tb.BilevelError, r"keeps no steps.*'unrolled'"),
+    (
+        forward_mode_with_many_outer_numbers,
+        tb.SolverLimit,
+        r"outer ones.*products for every inner step.*forward_gradient",
+    ),
+    (
+        forward_mode_that_did_not_follow,
+        tb.NoInnerStep,
+        r"optimizer\.estimator = 'forward'",
+    ),
+    (iterates_beyond_their_budget, tb.TrajectoryTooLong, r"raise iterate_bytes"),
+    (checkpoints_at_a_word, ValueError, r"checkpoint_every.*'sometimes'"),
+    (
+        learning_rate_with_an_implicit_estimator,
+        tb.InvalidHyperparameters,
+        r"lr depend.*'unrolled'",
+    ),
     (decay_of_an_unknown_optimizer, tb.NoUpdateRule, r"weight_decay=0\.1"),
     (trajectory_too_long, tb.TrajectoryTooLong, r"MiB a step.*checkpoint_every"),
     (batches_too_large, tb.TrajectoryTooLong, r"max_record_bytes"),

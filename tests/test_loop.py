@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_bilevel as tb
+from torch_bilevel.inner.trajectory import tensors_of
 
 NAMES = ["cg", "neumann", "richardson", "minres", "direct", "identity", "unrolled"]
 
@@ -492,6 +493,36 @@ def test_ways_to_keep_fewer_iterates(options):
     assert kept == {"window=3": 3, "checkpoint_every=3": 3, "offload='cpu'": 9}.get(
         options, 2
     )
+
+
+@pytest.mark.parametrize("options", ["", "window=13"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 16, 33, 60])
+def test_automatic_checkpoints_equal_unrolled_bit_for_bit(num_steps, options):
+    """At most about 2.1 √K iterates are kept or stepped through again."""
+    full = reference(f"unrolled({options})", num_steps=num_steps).gradient()
+    case = reference(f"checkpointed({options})", num_steps=num_steps)
+    assert torch.equal(case.gradient(), full)
+    window = case.optimizer._recorder.window
+    kept = sum(record.has_iterate for record in window)
+    assert kept <= 2 * window.interval + 1
+    assert kept + window.interval <= 2.2 * num_steps**0.5 + 2
+    case.optimizer.outer_step()
+    assert window.interval == 1  # the next window begins anew
+
+
+@pytest.mark.parametrize("every", ["None", "2", "'auto'"])
+def test_a_byte_budget_for_iterates(every):
+    full = reference("unrolled", num_steps=40).gradient()
+    case = reference(
+        f"unrolled(checkpoint_every={every}, iterate_bytes=10000)", num_steps=40
+    )
+    assert torch.equal(case.gradient(), full)
+    window = case.optimizer._recorder.window
+    kept = [record for record in window if record.has_iterate]
+    size = sum(t.nbytes for t in tensors_of(kept[-1].values(), kept[-1].states()))
+    assert 2 < len(kept) and (len(kept) + window.interval) * size <= 10000
+    with pytest.raises(tb.TrajectoryTooLong, match="iterate_bytes"):
+        reference("unrolled(iterate_bytes=3000)", num_steps=40)
 
 
 def test_a_window_is_a_truncation():

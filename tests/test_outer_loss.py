@@ -3,6 +3,7 @@
 from collections import namedtuple
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from problems import DataWeights, HyperRepresentation, Quadratic, flat
@@ -18,7 +19,7 @@ def ready(estimator="cg", num_steps=3, problem=None):
     return problem, optimizer
 
 
-ESTIMATORS = ["cg", "minres", "neumann", "richardson", "direct", "identity", "unrolled"]
+ESTIMATORS = [*cases.ESTIMATORS, "checkpointed"]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -13,6 +13,7 @@ import torch
 
 import torch_bilevel as tb
 from torch_bilevel import inner, optim
+from torch_bilevel.estimators import PRESETS
 from torch_bilevel.estimators import REGISTRY as ESTIMATORS
 from torch_bilevel.solvers import REGISTRY as SOLVERS
 
@@ -83,8 +84,8 @@ def test_no_private_name_crosses_folders(folder):
 
 
 def test_every_member_of_a_registry_has_a_row():
-    assert set(cases.ESTIMATORS) == set(tb.estimators())
-    assert set(tb.estimators()) == set(SOLVERS) | set(ESTIMATORS) - {"implicit"}
+    assert set(cases.ESTIMATORS) == set(tb.estimators()) - set(PRESETS)
+    assert set(cases.ESTIMATORS) == set(SOLVERS) | set(ESTIMATORS) - {"implicit"}
     assert {kind for kind, _ in cases.RULES} == set(inner.RULES)
     algorithms = {
         name
@@ -118,6 +119,15 @@ def test_every_rule_file_is_imported():
         for value in vars(module).values():
             if isinstance(value, inner.UpdateRule):
                 assert inner.RULES[value.optimizer] is value
+
+
+def test_presets_are_unrolled_with_options():
+    for name, options in PRESETS.items():
+        made = tb.estimator(name)
+        assert made == tb.Unrolled(**options) == tb.estimator(str(made))
+    assert tb.estimator("truncated(window=3, offload='cpu')") == tb.Unrolled(
+        window=3, offload="cpu"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(cases.ESTIMATORS))

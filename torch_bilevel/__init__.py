@@ -10,7 +10,7 @@
 >>> tb.estimator("cg(max_steps=10)").solver
 CG(max_steps=10, rtol=0.0001)
 >>> tb.estimator("unrolled(window=5)")
-Unrolled(window=5, checkpoint_every=None, offload=None)
+Unrolled(window=5, checkpoint_every=None, iterate_bytes=None, offload=None)
 >>> sorted(tb.solvers())
 ['cg', 'direct', 'identity', 'minres', 'neumann', 'richardson']
 """
@@ -21,9 +21,9 @@ from . import solvers as _solvers
 from ._version import __version__ as __version__
 from .errors import *  # noqa: F403
 from .errors import __all__ as _error_names
-from .estimators import Implicit, Unrolled
+from .estimators import Forward, ForwardGradient, Implicit, Unrolled
 from .estimators import parse as estimator
-from .inner import clip_grad_norm, clip_grad_value
+from .inner import clip_grad_norm, clip_grad_value, register_update_rule
 from .optim import (
     AIDBiO,
     BilevelOptimizer,
@@ -41,6 +41,8 @@ __all__ = [
     "BilevelOptimizer",
     "CG",
     "Direct",
+    "Forward",
+    "ForwardGradient",
     "HypergradientCheck",
     "ITDBiO",
     "Identity",
@@ -57,6 +59,7 @@ __all__ = [
     "errors",
     "estimator",
     "estimators",
+    "register_update_rule",
     "second_order",
     "solvers",
     *_error_names,

@@ -11,6 +11,7 @@ __all__ = [
     "BilevelWarning",
     "Disconnected",
     "Diverged",
+    "InvalidHyperparameters",
     "InvalidLoss",
     "LossNotRegistered",
     "NegativeCurvature",
@@ -138,6 +139,10 @@ class NonSymmetricSystem(BilevelError):
 
 class OpaqueStep(BilevelError):
     """A step evaluated its closure several times and cannot be unrolled."""
+
+
+class InvalidHyperparameters(BilevelError):
+    """The function registered with ``inner_hyperparameters`` returned what cannot be set."""
 
 
 class TrajectoryTooLong(BilevelError):

@@ -14,7 +14,10 @@ from .base import Estimate as Estimate
 from .base import Estimator as Estimator
 from .base import EstimatorMemory as EstimatorMemory
 from .base import Situation as Situation
+from .forward import Forward as Forward
+from .forward_gradient import ForwardGradient as ForwardGradient
 from .implicit import Implicit as Implicit
+from .unrolled import PRESETS as PRESETS
 from .unrolled import Unrolled as Unrolled
 
 REGISTRY: dict[str, type[Estimator]] = {
@@ -54,6 +57,8 @@ damping=0.0, warm_start=True)
             "tb.Implicit(tb.CG())."
         )
     name, options = _registry.parse(spec, names(), "estimator")
+    if name in PRESETS:
+        return _registry.build(Unrolled, {**PRESETS[name], **options}, name)
     if name in REGISTRY and name != Implicit.name:
         return _registry.build(REGISTRY[name], options, name)
     outside = {f.name for f in dataclasses.fields(Implicit)} - {"solver"}
@@ -75,7 +80,11 @@ def names() -> dict[str, str]:
         name: f"implicit differentiation; {_line(cls)}" for name, cls in SOLVERS.items()
     }
     others = {n: _line(c) for n, c in REGISTRY.items() if n != Implicit.name}
-    return {**implicit, **others}
+    presets = {
+        name: f"stands for {_registry.describe(Unrolled.name, options)}"
+        for name, options in PRESETS.items()
+    }
+    return {**implicit, **others, **presets}
 
 
 def _line(cls: type) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import NoUpdateRule
 from ..inner import (
     RULES,
-    GradientTransform,
+    Loop,
     UpdateRule,
     Window,
     find_rule,
@@ -54,14 +54,14 @@ class Situation:
         problem: losses and variables at the user's live parameters.
         window: the recorded steps.
         optimizers: the inner optimizers, at their present state.
-        transform: the declared gradient transform, or None.
+        loop: what the user declared about the inner loop.
         memory: what survives outer steps; read, not written.
     """
 
     problem: BilevelProblem
     window: Window
     optimizers: Sequence[torch.optim.Optimizer]
-    transform: GradientTransform | None
+    loop: Loop
     memory: EstimatorMemory
 
 
@@ -92,6 +92,7 @@ class Estimator(abc.ABC):
     """A way to compute the hypergradient; subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
+    follows: ClassVar[bool] = False  # whether `follow` is to be called after every step
 
     @abc.abstractmethod
     def new_window(self, max_bytes: int | None) -> Window:
@@ -104,6 +105,15 @@ class Estimator(abc.ABC):
 
         Raises:
             NoUpdateRule: it needs a rule that is not known.
+        """
+
+    def follow(self, situation: Situation) -> None:  # noqa: B027
+        """Look at the inner step that has just been recorded, before an outer step is due.
+
+        Only called if ``follows``; what is gathered lives in the window.
+
+        Args:
+            situation: problem, window, optimizers.
         """
 
     @abc.abstractmethod

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._registry import changed, describe
-from ..errors import NonSymmetricSystem, UnknownName
-from ..inner import RULES, StepRecord, Window, stationarity
+from ..errors import InvalidHyperparameters, NonSymmetricSystem, UnknownName
+from ..inner import RULES, HyperAdjoint, StepRecord, Window, stationarity
 from ..problem import BilevelProblem, Linearization, OuterGradients
 from ..solvers import CG, Operator, Solver
 from .base import Estimate, Estimator, Situation
@@ -107,6 +107,10 @@ class Implicit(Estimator):
         else:
             del at.linearization
             Jv, reached = mean_cross(situation.problem, crossed, at, found.value)
+        if situation.loop.hyperparameters is not None:
+            through, touched = decay_cross(situation, steps[-1], found.value)
+            Jv = Jv + through
+            reached = [a or b for a, b in zip(reached, touched, strict=True)]
         return Estimate(
             gradient=outer.outer - Jv,
             reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],
@@ -199,3 +203,63 @@ def mean_cross(
         total += here.cross(at.signed(v))
         reached = [a or b for a, b in zip(reached, here.reached, strict=True)]
     return total / len(steps), reached
+
+
+def decay_cross(
+    situation: Situation, step: StepRecord, v: Tensor
+) -> tuple[Tensor, list[bool]]:
+    """∂_x⟨D(x) ∘ y, v⟩ for weight decay that outer variables determine.
+
+    Args:
+        situation: problem, optimizers and the registered function.
+        step: the last inner step, whose hyperparameters are the present ones.
+        v: the adjoint.
+
+    Returns:
+        It, flat, of the outer layout, and which outer tensors it reaches.
+
+    Raises:
+        InvalidHyperparameters: the function determines anything but weight decay.
+    """
+    problem, optimizers = situation.problem, situation.optimizers
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    hyper = HyperAdjoint(situation.loop.hyperparameters, step.position, groups)
+    wrong = {
+        key
+        for values in hyper.groups
+        for key, value in values.items()
+        if key not in ("weight_decay", "params") and _differentiated(value)
+    }
+    if wrong:
+        raise InvalidHyperparameters(
+            f"{', '.join(sorted(wrong))} depend(s) on outer variables, and the point where an "
+            "inner optimizer comes to rest does not depend on it, so an implicit estimator has no "
+            "gradient for it. Use 'unrolled'. (Weight decay works with both.)"
+        )
+    first, known = 0, []
+    with torch.enable_grad():
+        for optimizer in optimizers:
+            count = len(optimizer.param_groups)
+            known += stationarity(optimizer, RULES, hyper.groups[first : first + count])
+            first += count
+        terms = [
+            (item.decay * y.detach() * part).sum()
+            for item, y, part in zip(
+                known,
+                problem.inner.tensors,
+                problem.inner.layout.split(v),
+                strict=True,
+            )
+            if _differentiated(item.decay)
+        ]
+        if terms:
+            total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+            hyper.bars = list(torch.autograd.grad(total, hyper.leaves))
+    parts = hyper.to_outer(problem.outer.tensors)
+    return problem.outer.layout.flatten(parts), [part is not None for part in parts]
+
+
+def _differentiated(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_differentiated, value))
+    return isinstance(value, Tensor) and value.requires_grad

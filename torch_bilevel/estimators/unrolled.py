@@ -17,7 +17,7 @@ import torch
 from .. import _checks
 from .._registry import changed, describe
 from ..errors import NoInnerStep
-from ..inner import Window, reverse
+from ..inner import Window, check_mismatch, reverse
 from ..problem import OuterGradients
 from .base import Estimate, Estimator, Situation, rules_of
 
@@ -32,7 +32,9 @@ class Unrolled(Estimator):
     Args:
         window: differentiate the last ``window`` steps; None all since the last outer step.
         checkpoint_every: keep every c-th iterate and step again in between: K/c + c iterates
-            for one more gradient a step.
+            for one more gradient a step. ``"auto"`` finds c ≈ √K as the steps come.
+        iterate_bytes: limit on the bytes of iterates; c is doubled, and kept iterates are thinned
+            out, so that they fit.
         offload: where iterates are kept, such as ``"cpu"``; None keeps them in place.
 
     Example:
@@ -42,15 +44,20 @@ class Unrolled(Estimator):
     """
 
     window: int | None = None
-    checkpoint_every: int | None = None
+    checkpoint_every: int | str | None = None
+    iterate_bytes: int | None = None
     offload: str | None = None
 
     name: ClassVar[str] = "unrolled"
 
     def __post_init__(self) -> None:
         _checks.positive_int("Unrolled", "window", self.window, optional=True)
+        if self.checkpoint_every != "auto":
+            _checks.positive_int(
+                "Unrolled", "checkpoint_every", self.checkpoint_every, optional=True
+            )
         _checks.positive_int(
-            "Unrolled", "checkpoint_every", self.checkpoint_every, optional=True
+            "Unrolled", "iterate_bytes", self.iterate_bytes, optional=True
         )
         if self.offload is not None:
             torch.device(self.offload)  # raises on a name that is not a device
@@ -64,6 +71,7 @@ class Unrolled(Estimator):
             last=self.window,
             iterates=True,
             checkpoint_every=self.checkpoint_every,
+            iterate_bytes=self.iterate_bytes,
             offload=self.offload,
             max_bytes=max_bytes,
         )
@@ -89,12 +97,22 @@ class Unrolled(Estimator):
             steps,
             earlier,
             rules_of(situation.optimizers),
-            situation.transform,
+            situation.loop,
             outer.inner,
         )
-        back.check(situation.problem)
+        numbers = [record.index for record in back.steps]
+        calls = [call for record in steps for call in record.calls]
+        check_mismatch(situation.problem, back.mismatch, numbers, calls)
         return Estimate(
             gradient=outer.outer + back.outer,
             reached=[a or b for a, b in zip(outer.reached, back.reached, strict=True)],
             steps=len(steps),
         )
+
+
+PRESETS = {
+    "truncated": {"window": 20},
+    "checkpointed": {"checkpoint_every": "auto"},
+    "one_step": {"window": 1},
+}
+"""Names for `Unrolled` with options: truncated back-propagation, √K checkpoints, T1–T2."""

@@ -50,6 +50,8 @@ def pull_back(
     value_bar: Tensor,
     gradient_bar: Tensor,
     state_bar: dict[str, Tensor],
+    hyper_leaves: Sequence[Tensor] = (),
+    hyper_bars: Sequence[Tensor] = (),
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Pull the adjoint of one parameter through one step, in place.
 
@@ -61,6 +63,8 @@ def pull_back(
         value_bar: adjoint of the value, flat; overwritten.
         gradient_bar: adjoint of the gradient, flat; overwritten.
         state_bar: adjoint of the state after the step, flat; overwritten.
+        hyper_leaves: the hyperparameters that are differentiated.
+        hyper_bars: their adjoints; added to.
 
     Returns:
         The adjoint of the state before the step, and norms for `mismatch`.
@@ -69,12 +73,12 @@ def pull_back(
     dtype = value_bar.dtype
     before: dict[str, Tensor] = {}
     norms = []
-    for piece in _pieces(rule, value, state):
-        y = _leaf(_cut(value, piece), dtype)
-        g = _leaf(_cut(gradient, piece), dtype)
+    for piece in _pieces(rule, value, state, state_bar):
+        y = leaf(_cut(value, piece), dtype)
+        g = leaf(_cut(gradient, piece), dtype)
         s = {
-            key: _leaf(_cut(v, piece) if v.shape == value.shape else v, dtype)
-            if _differentiable(key, v)
+            key: leaf(_cut(v, piece) if v.shape == value.shape else v, dtype)
+            if differentiable(key, v)
             else v
             for key, v in state.items()
         }
@@ -88,35 +92,40 @@ def pull_back(
             for output, bar in pairs
             if output.requires_grad
         ]
-        leaves = {key: v for key, v in s.items() if _differentiable(key, v)}
+        leaves = {key: v for key, v in s.items() if differentiable(key, v)}
         found = torch.autograd.grad(
             [output for output, _ in pairs],
-            [y, g, *leaves.values()],
+            [y, g, *hyper_leaves, *leaves.values()],
             [weight for _, weight in pairs],
             allow_unused=True,
         )
         _put(value_bar, piece, found[0])
         _put(gradient_bar, piece, found[1])
-        for key, bar in zip(leaves, found[2:], strict=True):
+        others = 2 + len(hyper_leaves)
+        for bar, part in zip(hyper_bars, found[2:others], strict=True):
+            if part is not None:
+                bar += part.to(bar)
+        for key, bar in zip(leaves, found[others:], strict=True):
             if key not in before:
                 known = state_bar.get(key)
                 before[key] = (
                     value_bar.new_zeros(state[key].numel()) if known is None else known
                 )
             _put(before[key], piece, bar)
-        norms.append(_norms(new_value.detach(), _cut(following, piece), y.detach()))
+        norms.append(step_norms(new_value.detach(), _cut(following, piece), y.detach()))
     return before, norms
 
 
-def _pieces(rule: UpdateRule, value: Tensor, state: State) -> Iterator[slice | None]:
+def _pieces(
+    rule: UpdateRule, value: Tensor, state: State, state_bar: dict[str, Tensor]
+) -> Iterator[slice | None]:
     """Ranges of entries that can be taken one after the other; None is all at once."""
     whole = (
         not rule.elementwise
         or value.device.type != "cpu"
         or value.numel() <= PIECE
-        or any(
-            v.shape != value.shape for k, v in state.items() if _differentiable(k, v)
-        )
+        or any(bar.numel() != value.numel() for bar in state_bar.values())
+        or any(v.shape != value.shape for k, v in state.items() if differentiable(k, v))
     )
     if whole:
         yield None
@@ -129,11 +138,13 @@ def _cut(tensor: Tensor, piece: slice | None) -> Tensor:
     return tensor if piece is None else tensor.reshape(-1)[piece]
 
 
-def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf of the given dtype with the tensor's values."""
     return tensor.detach().to(dtype).requires_grad_()
 
 
-def _differentiable(key: str, value: Any) -> bool:
+def differentiable(key: str, value: Any) -> bool:
+    """Whether an entry of an optimizer's state has an adjoint and a tangent."""
     return isinstance(value, Tensor) and value.is_floating_point() and key != "step"
 
 
@@ -147,7 +158,7 @@ def _put(bar: Tensor, piece: slice | None, value: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def _norms(predicted: Tensor, actual: Tensor, before: Tensor) -> Tensor:
+def step_norms(predicted: Tensor, actual: Tensor, before: Tensor) -> Tensor:
     """‖predicted − actual‖, ‖actual − before‖ and ‖actual‖ of a piece."""
     a = actual.to(predicted.device, predicted.dtype)
     parts = (predicted - a, a - before, a)

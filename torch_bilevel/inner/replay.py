@@ -19,14 +19,29 @@ import torch
 from torch import Tensor
 
 from ..errors import OpaqueStep, ReplayMismatch
-from ..problem import BilevelProblem
+from ..problem import BilevelProblem, WeightedCall
 from .adjoint import Adjoint, mismatch, pull_back
+from .hyperparameters import HyperAdjoint, Hyperparameters, groups_of
+from .pool import Pool
 from .rule import Hyper, UpdateRule
-from .trajectory import Pool, StepRecord, copy_states, tensors_of
+from .trajectory import StepRecord, copy_states, tensors_of
 from .transforms import GradientTransform
 from .verification import consumed, tolerance
 
 States = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the user declared about the inner loop.
+
+    Attributes:
+        transform: what happens to gradients between ``backward()`` and ``step()``.
+        hyperparameters: the function that determines hyperparameters.
+    """
+
+    transform: GradientTransform | None = None
+    hyperparameters: Hyperparameters | None = None
 
 
 @dataclass
@@ -55,26 +70,39 @@ class Reversed:
     mismatch: list[Tensor]
     steps: list[StepRecord]
 
-    def check(self, problem: BilevelProblem) -> None:
-        """Refuse if a rule did not reproduce a recorded step.
 
-        Raises:
-            ReplayMismatch: with the step and the relative error.
-        """
-        if not self.mismatch:
-            return
-        errors = torch.stack([m.to(self.outer.device) for m in self.mismatch]).tolist()
-        for error, record in zip(errors, self.steps, strict=True):
-            if not error <= tolerance(problem, record.calls):
-                raise ReplayMismatch(
-                    f"Replaying inner step {record.index} of this window does not give the "
-                    f"parameters the optimizer produced: the difference is {error:.2e} of the "
-                    "step. The gradient of this step was changed after backward() (clipping "
-                    "without optimizer.gradient_transform(...), a hook), a parameter was "
-                    "written to by something else than the optimizer, gradients were left over "
-                    "from the step before (no zero_grad()), or a term outside the registered "
-                    "losses was added after the first step."
-                )
+def check_mismatch(
+    problem: BilevelProblem,
+    errors: Sequence[Tensor],
+    numbers: Sequence[int],
+    calls: Sequence[WeightedCall],
+) -> None:
+    """Refuse if a rule did not reproduce a recorded step.
+
+    Args:
+        problem: for the tolerance.
+        errors: per step, how far the rule is from what the optimizer did.
+        numbers: of the steps in the window.
+        calls: of a step, for what it was computed in.
+
+    Raises:
+        ReplayMismatch: with the step and the relative error.
+    """
+    if not errors:
+        return
+    device = errors[0].device
+    found = torch.stack([error.to(device) for error in errors]).tolist()
+    for error, number in zip(found, numbers, strict=True):
+        if not error <= tolerance(problem, calls):
+            raise ReplayMismatch(
+                f"Replaying inner step {number} of this window does not give the "
+                f"parameters the optimizer produced: the difference is {error:.2e} of the "
+                "step. The gradient of this step was changed after backward() (clipping "
+                "without optimizer.gradient_transform(...), a hook), a parameter was "
+                "written to by something else than the optimizer, gradients were left over "
+                "from the step before (no zero_grad()), or a term outside the registered "
+                "losses was added after the first step."
+            )
 
 
 def reverse(
@@ -82,7 +110,7 @@ def reverse(
     steps: Sequence[StepRecord],
     earlier: Sequence[StepRecord],
     rules: Sequence[UpdateRule],
-    transform: GradientTransform | None,
+    loop: Loop,
     adjoint: Tensor,
 ) -> Reversed:
     """Pull an adjoint of the present iterate back over recorded steps.
@@ -92,7 +120,7 @@ def reverse(
         steps: the steps to differentiate, oldest first.
         earlier: steps before them, back to the one whose iterate was recorded.
         rules: the update rule of each inner optimizer.
-        transform: what the loop does to gradients between backward and step.
+        loop: what was declared about the loop.
         adjoint: ∂_y f at the present iterate, flat.
 
     Returns:
@@ -118,7 +146,7 @@ def reverse(
     )
     first = len(earlier)
     records = [*earlier, *steps]
-    stepper = Stepper(problem, rules, transform, Pool())
+    stepper = Stepper(problem, rules, loop, Pool())
     bar = Adjoint(layout, adjoint)
     with problem.inner.swapped() as following:
         end = len(records)
@@ -132,12 +160,21 @@ def reverse(
                 record, point = records[index], points[index - begin]
                 problem.inner.overwrite(point.values)
                 at = problem.linearize(record.calls)
-                error = stepper.pull_back(record, point, at.parts, bar, following)
+                hyper = stepper.hyper(record)
+                error = stepper.pull_back(
+                    record, point, at.parts, bar, hyper, following
+                )
                 hv, jv = at.joint(bar.gradient, last=True)
                 bar.values += hv
                 result.outer += jv
+                direct = hyper.to_outer(problem.outer.tensors)
+                if hyper.leaves:
+                    result.outer += problem.outer.layout.flatten(direct)
                 result.reached = [
-                    a or b for a, b in zip(result.reached, at.reached, strict=True)
+                    known or there or part is not None
+                    for known, there, part in zip(
+                        result.reached, at.reached, direct, strict=True
+                    )
                 ]
                 result.mismatch.append(error)
                 result.steps.append(record)
@@ -157,7 +194,7 @@ class Stepper:
     Args:
         problem: the problem, at whose parameters gradients are evaluated.
         rules: the update rule of each inner optimizer.
-        transform: the loop's gradient transform.
+        loop: what was declared about the loop.
         pool: where iterates that are stepped through again are kept for a moment.
     """
 
@@ -165,12 +202,12 @@ class Stepper:
         self,
         problem: BilevelProblem,
         rules: Sequence[UpdateRule],
-        transform: GradientTransform | None,
+        loop: Loop,
         pool: Pool,
     ):
         self.problem = problem
         self.rules = rules
-        self.transform = transform
+        self.loop = loop
         self.pool = pool
 
     def forward(self, records: Sequence[StepRecord]) -> list[Point]:
@@ -201,10 +238,14 @@ class Stepper:
         states: States,
     ) -> tuple[list[Tensor], States]:
         """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
-        used = consumed(gradients, record.present(), values, self.transform)
+        used = consumed(gradients, record.present(), values, self.loop.transform)
         new_values, new_states = [], []
         for (rule, hyper), value, gradient, state in zip(
-            self._updates(record), values, used, states, strict=True
+            self.updates(record, HyperAdjoint(None, 0, list(groups_of(record.parts)))),
+            values,
+            used,
+            states,
+            strict=True,
         ):
             if gradient is not None:
                 value, state = rule.step(value, gradient, state, hyper)
@@ -212,13 +253,23 @@ class Stepper:
             new_states.append(state)
         return new_values, new_states
 
-    def _updates(self, record: StepRecord) -> list[tuple[UpdateRule, Hyper]]:
-        """Per parameter, its rule and the hyperparameters of the step."""
-        return [
-            (self.rules[number], record.parts[number].hyper[group])
-            for number in sorted(record.parts)
-            for group in record.parts[number].groups
-        ]
+    def hyper(self, record: StepRecord) -> HyperAdjoint:
+        """The hyperparameters of a step at the present outer variables."""
+        groups = list(groups_of(record.parts))
+        return HyperAdjoint(self.loop.hyperparameters, record.position, groups)
+
+    def updates(
+        self, record: StepRecord, hyper: HyperAdjoint
+    ) -> list[tuple[UpdateRule, Hyper]]:
+        """Per parameter, its rule and hyperparameters."""
+        found, first = [], 0
+        for number in sorted(record.parts):
+            part = record.parts[number]
+            found += [
+                (self.rules[number], hyper.groups[first + g]) for g in part.groups
+            ]
+            first += len(part.hyper)
+        return found
 
     def pull_back(
         self,
@@ -226,6 +277,7 @@ class Stepper:
         point: Point,
         gradients: Sequence[Tensor | None],
         bar: Adjoint,
+        hyper: HyperAdjoint,
         following: Sequence[Tensor],
     ) -> Tensor:
         """Pull the adjoint through a step's rules at a detached gradient, in place.
@@ -239,12 +291,12 @@ class Stepper:
             for g, v in zip(gradients, point.values, strict=True)
         ]
         with torch.no_grad():
-            used = consumed(raw, record.present(), point.values, self.transform)
+            used = consumed(raw, record.present(), point.values, self.loop.transform)
         norms: list[Tensor] = []
         gradient_bars = bar.parts(bar.gradient)
-        for index, ((rule, hyper), value, g, state, next_value) in enumerate(
+        for index, ((rule, options), value, g, state, next_value) in enumerate(
             zip(
-                self._updates(record),
+                self.updates(record, hyper),
                 point.values,
                 used,
                 point.states,
@@ -257,15 +309,17 @@ class Stepper:
                 continue
             bar.states[index], found = pull_back(
                 rule,
-                hyper,
+                options,
                 (value, g, state),
                 next_value,
                 bar.parts(bar.values)[index],
                 gradient_bars[index],
                 bar.states[index],
+                hyper.leaves,
+                hyper.bars,
             )
             norms += found
-        if self.transform is not None:
+        if self.loop.transform is not None:
             self._through_transform(record, point, raw, gradient_bars)
         eps = max(torch.finfo(value.dtype).eps for value in point.values)
         return mismatch(norms, eps)
@@ -280,7 +334,7 @@ class Stepper:
         """Pull adjoints of the transformed gradients back to the raw ones, in place."""
         leaves = [None if g is None else g.detach().requires_grad_() for g in raw]
         with torch.enable_grad():
-            used = consumed(leaves, record.present(), point.values, self.transform)
+            used = consumed(leaves, record.present(), point.values, self.loop.transform)
         pairs = [
             (u, bar.view(u.shape).to(u.device))
             for u, bar in zip(used, bars, strict=True)

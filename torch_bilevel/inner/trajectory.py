@@ -4,8 +4,7 @@
     step     the weighted calls whose gradient it consumed, and one part per inner optimizer
     window   the steps since the last outer step, oldest first
 
-Estimators that need no trajectory keep only the calls (references to batches). Iterates are
-copied into buffers that are reused: a copy into warm memory costs a tenth of a fresh clone.
+Estimators that need no trajectory keep only the calls (references to batches).
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import TrajectoryTooLong
 from ..problem import WeightedCall
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from .tangent import Tangents
 
 
 @dataclass(slots=True)
@@ -52,18 +55,22 @@ class StepRecord:
         calls: recorded calls and the weights they were back-propagated with.
         parts: one per inner optimizer that has stepped.
         index: its number in the window, from 0.
+        position: its number since the trajectory began (construction, restart), from 0.
         opaque: the closure ran several times; only implicit estimators can use it.
     """
 
     calls: list[WeightedCall]
     index: int
+    position: int = 0
     parts: dict[int, Part] = field(default_factory=dict)
     opaque: bool = False
 
     @property
     def has_iterate(self) -> bool:
         """Whether the parameters before the step were recorded."""
-        return all(part.values is not None for part in self.parts.values())
+        return bool(self.parts) and all(
+            part.values is not None for part in self.parts.values()
+        )
 
     @property
     def replayable(self) -> bool:
@@ -93,64 +100,18 @@ class StepRecord:
         ]
 
 
-class Pool:
-    """Buffers for iterates, reused from one window to the next.
-
-    On the CPU they are carved from slabs above the allocator's mmap threshold (32 MiB in glibc):
-    pages are resident once they are written, and buffers that outlive the step do not fragment
-    the heap that activations come from.
-
-    Args:
-        device: where they live; None keeps each where its source is.
-    """
-
-    SLAB = 33 * 2**20
-
-    def __init__(self, device: str | None = None):
-        self.device = device
-        self.free: dict[tuple, list[Tensor]] = {}
-        self.allocated = 0
-        self._slab = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def copy(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of the tensors in buffers of the pool."""
-        buffers = []
-        for source in sources:
-            device = torch.device(self.device or source.device)
-            shelf = self.free.get((source.shape, source.dtype, device))
-            buffers.append(shelf.pop() if shelf else self._new(source, device))
-        if buffers:
-            torch._foreach_copy_(buffers, [source.detach() for source in sources])
-        return buffers
-
-    def _new(self, source: Tensor, device: torch.device) -> Tensor:
-        size = source.numel() * source.element_size()
-        self.allocated += size
-        if device.type != "cpu":
-            return torch.empty(source.shape, dtype=source.dtype, device=device)
-        if self._used + size > self._slab.numel():
-            self._slab = torch.empty(max(self.SLAB, size), dtype=torch.uint8)
-            self._used = 0
-        piece = self._slab[self._used : self._used + size]
-        self._used += -(-size // 64) * 64  # the next starts aligned
-        return piece.view(source.dtype).view(source.shape)
-
-    def give_back(self, buffers: Sequence[Tensor]) -> None:
-        """Return buffers for reuse."""
-        for buffer in buffers:
-            key = (buffer.shape, buffer.dtype, buffer.device)
-            self.free.setdefault(key, []).append(buffer)
-
-
 class Window:
     """The steps since the last outer step, task start or restart.
 
     Args:
         last: how many steps to keep; None keeps all.
         iterates: copy parameters and optimizer state before the steps.
-        checkpoint_every: copy them before every c-th step only.
+        checkpoint_every: copy them before every c-th step only; ``"auto"`` doubles c, and drops
+            every other copy, whenever more than 2 c are kept: at most about 2.1 √K in all.
+        iterate_bytes: limit on the copies and on those a segment needs when it is stepped
+            through again; c is doubled to keep it.
         offload: device for the iterates, such as ``"cpu"``.
+        carry: keep the tangents when the window is cleared after an outer step.
         max_bytes: limit on what is recorded; None takes half of the free memory.
     """
 
@@ -158,17 +119,25 @@ class Window:
         self,
         last: int | None = None,
         iterates: bool = False,
-        checkpoint_every: int | None = None,
+        checkpoint_every: int | str | None = None,
+        iterate_bytes: int | None = None,
         offload: str | None = None,
+        carry: bool = False,
         max_bytes: int | None = None,
     ):
         self.last = last
         self.iterates = iterates
-        self.checkpoint_every = checkpoint_every or 1
+        self.auto = checkpoint_every == "auto"
+        self.first_interval = 1 if self.auto else int(checkpoint_every or 1)
+        self.interval = self.first_interval
+        self.iterate_bytes = iterate_bytes
         self.max_bytes = max_bytes
         self.pool = Pool(offload)
         self.records: deque[StepRecord] = deque()
         self.count = 0  # steps seen since the window began
+        self.number = 0  # windows before this one
+        self.carry = carry
+        self.tangents: Tangents | None = None  # of an estimator that follows the loop
         self._check_at = 0  # the count at which memory is looked at again
 
     def __len__(self) -> int:
@@ -184,7 +153,7 @@ class Window:
 
     def wants_iterate(self) -> bool:
         """Whether the next step's starting point is to be copied."""
-        return self.iterates and self.count % self.checkpoint_every == 0
+        return self.iterates and self.count % self.interval == 0
 
     def append(self, record: StepRecord) -> None:
         """Add a finished step; drop those that no estimator will look at.
@@ -202,8 +171,41 @@ class Window:
                     start -= 1
             for _ in range(max(start, 0)):
                 self._release(self.records.popleft())
+        if record.has_iterate and (self.auto or self.iterate_bytes):
+            self._thin(record)
         if self.count >= self._check_at:
             self._check_memory()
+
+    def _thin(self, newest: StepRecord) -> None:
+        """Double the interval between iterates until there are few enough."""
+        kept = [record for record in self.records if record.has_iterate]
+        size = sum(
+            t.numel() * t.element_size()
+            for t in tensors_of(newest.values(), newest.states())
+        )
+
+        def too_many() -> bool:
+            over = self.iterate_bytes is not None and (
+                (len(kept) + self.interval) * size > self.iterate_bytes
+            )
+            return (self.auto or over) and len(kept) > 2 * self.interval
+
+        while too_many():
+            self.interval *= 2
+            # The oldest stays whatever its number: all steps are stepped through from it.
+            drop = [r for r in kept[1:] if r.index % self.interval]
+            for record in drop:
+                self._release(record)
+            kept = [record for record in kept if record.has_iterate]
+        needed = (len(kept) + self.interval) * size
+        if self.iterate_bytes is not None and needed > self.iterate_bytes:
+            raise TrajectoryTooLong(
+                f"{len(self)} inner steps are recorded since the last outer step. Keeping "
+                f"{len(kept)} iterates and stepping through {self.interval} again needs "
+                f"{needed / 2**20:,.1f} MiB (an iterate is {size / 2**20:,.2f} MiB), more than "
+                f"iterate_bytes = {self.iterate_bytes / 2**20:,.1f} MiB. Take an outer step more "
+                "often, differentiate fewer steps (window=), or raise iterate_bytes."
+            )
 
     def _check_memory(self) -> None:
         """Refuse to record more than ``max_bytes``; say when to look again.
@@ -230,7 +232,7 @@ class Window:
     def adopt(self, other: Window) -> None:
         """Take over another window's steps (the estimator changed in mid-window)."""
         self.records.extend(other.records)
-        self.count = other.count
+        self.count, self.number = other.count, other.number
         if self.pool.device == other.pool.device:
             self.pool = other.pool
 
@@ -245,11 +247,21 @@ class Window:
         }
         return self.pool.allocated + sum(storages.values())
 
-    def clear(self) -> None:
-        """Forget every step."""
+    def clear(self, restart: bool = False) -> None:
+        """Forget every step.
+
+        Args:
+            restart: a new trajectory begins, so tangents are dropped even if carried.
+        """
+        if restart or not self.carry:
+            self.tangents = None
+        elif self.tangents is not None:
+            self.tangents.mismatch, self.tangents.numbers = [], []
+        self.number += 1
         while self.records:
             self._release(self.records.popleft())
         self.count = self._check_at = 0
+        self.interval = self.first_interval
 
     def _release(self, record: StepRecord) -> None:
         if not self.iterates:

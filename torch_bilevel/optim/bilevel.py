@@ -18,12 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import _checks, estimators
-from ..errors import (
-    BilevelError,
-    LossNotRegistered,
-    NoOuterStepWarning,
-)
+from .. import estimators
+from ..errors import LossNotRegistered, NoOuterStepWarning
 from ..estimators import Estimator, EstimatorMemory, Situation
 from ..inner import verify
 from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
@@ -32,7 +28,7 @@ from . import estimation, state
 from .delegation import DelegatingOptimizer
 from .explain import explain
 from .hooks import take_over, users_frame, weak
-from .levels import build, check_levels, fits
+from .levels import build, check_levels, check_options, fits
 from .losses import outer_calls
 from .recorder import Recorder
 from .registry import LossRegistry
@@ -107,14 +103,12 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         super().__init__(inner)
         self.outer = outer
         check_levels(self.inners, outer)
-        if unused not in ("error", "zero"):
-            raise ValueError(f"unused={unused!r}: write 'error' or 'zero'.")
-        for name, value in (
-            ("inner_steps", inner_steps),
-            ("verify_every", verify_every),
-            ("max_record_bytes", max_record_bytes),
-        ):
-            _checks.positive_int("BilevelOptimizer", name, value, optional=True)
+        check_options(
+            unused,
+            inner_steps=inner_steps,
+            verify_every=verify_every,
+            max_record_bytes=max_record_bytes,
+        )
         self.inner_steps = inner_steps
         self.unused = unused
         self.strict = strict
@@ -132,7 +126,6 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         self._modules = ModuleSet(given)
         self._estimator = estimators.parse(estimator)
         self._estimator.check(self.inners)
-        self._transform = None
         self._memories: dict[tuple[str, ...], EstimatorMemory] = {}
         self._adjoints: dict[tuple[str, ...], Tensor] = {}  # of the coming outer step
         self._warned: set[type[Warning]] = set()
@@ -197,11 +190,6 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         Returns:
             One tensor per outer variable.
         """
-        if torch.is_inference_mode_enabled():
-            raise BilevelError(
-                "hypergradient() was called inside torch.inference_mode(), where nothing can be "
-                "differentiated. Call it outside."
-            )
         chosen = None if estimator is None else estimators.parse(estimator)
         calls, names = outer_calls(self, args, kwargs, loss)
         parts = self._estimate(calls, names, None, chosen)
@@ -233,16 +221,18 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
             if own
             else EstimatorMemory()
         )
-        situation = Situation(
-            self.problem, self._recorder.window, self.inners, self._transform, memory
-        )
+        situation = self._situation(memory)
         chosen = estimator or self._estimator
         chosen.check(self.inners)
         estimation.check_window(situation, self.outer_steps, self._recorder.leftover)
         # The caller may be inside an autocast region of its own.
         with autocast(self.problem.no_autocast):
             if self._recorder.to_verify is not None:
-                verify(self.problem, self._recorder.to_verify, self._transform)
+                verify(
+                    self.problem,
+                    self._recorder.to_verify,
+                    self._recorder.loop.transform,
+                )
                 self._recorder.to_verify = None
             parts, report, estimate = estimation.run(
                 situation,
@@ -260,12 +250,21 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
             self._adjoints[names] = estimate.adjoint
         return parts
 
+    def _situation(self, memory: EstimatorMemory) -> Situation:
+        recorder = self._recorder
+        return Situation(
+            self.problem, recorder.window, self.inners, recorder.loop, memory
+        )
+
     def _warn_once(self, category: type[Warning], text: str) -> None:
         if category not in self._warned:
             self._warned.add(category)
             warnings.warn(text, category, stacklevel=users_frame())
 
     def _after_inner_step(self) -> None:
+        if self._estimator.follows:
+            with autocast(self.problem.no_autocast):
+                self._estimator.follow(self._situation(EstimatorMemory()))
         count = self._recorder.window.count
         if self.inner_steps and count >= self.inner_steps:
             self.outer_step()
@@ -330,6 +329,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         Drops recorded steps, inner optimizer state and adjoints; parameters stay.
         """
         self._recorder.restart()
+        self._recorder.position = 0
         self._forget_adjoints()
         for optimizer in self.inners:
             optimizer.state.clear()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import estimators
+from ..errors import BilevelError
 from ..inner import StepRecord, tolerance
 from ..inner.verification import consumed
 from ..problem import WeightedCall, scalar
@@ -93,6 +94,9 @@ def check_hypergradient(
         seed: of the random directions.
         **kwargs: keyword arguments of the outer loss.
 
+    Raises:
+        BilevelError: the estimator keeps no steps (forward mode).
+
     Returns:
         Estimates, differences and their relative error; it prints as one line.
 
@@ -110,6 +114,11 @@ def check_hypergradient(
         True
     """
     chosen = optimizer.estimator if estimator is None else estimators.parse(estimator)
+    if chosen.follows:
+        raise BilevelError(
+            f"{chosen} follows the loop and keeps no steps that could be run again. Check "
+            "'unrolled' on the same loop; the two agree to rounding (forward_gradient in the mean)."
+        )
     calls, names = outer_calls(optimizer, args, kwargs, loss)
     parts = optimizer._estimate(calls, names, None, chosen)
     problem = optimizer.problem
@@ -232,13 +241,20 @@ class Runner:
         if not present:  # recorded without iterates
             present = [g is not None for g in gradients]
         used = consumed(
-            gradients, present, self.problem.inner.tensors, self.optimizer._transform
+            gradients,
+            present,
+            self.problem.inner.tensors,
+            self.optimizer._recorder.loop.transform,
         )
         for tensor, gradient in zip(self.problem.inner.tensors, used, strict=True):
             tensor.grad = None if gradient is None else gradient.detach()
         for owner, part in zip(self.optimizer.inners, parts, strict=True):
             for group, hyper in zip(owner.param_groups, part.hyper, strict=False):
                 group.update(hyper)
+        hyperparameters = self.optimizer._recorder.loop.hyperparameters
+        if hyperparameters is not None:  # at the outer variables of this run
+            hyperparameters.write(self.optimizer.inners, step.position)
+        for owner in self.optimizer.inners:
             type(owner).step(owner)
 
     @contextlib.contextmanager

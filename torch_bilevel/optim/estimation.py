@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import (
+    BilevelError,
     Diverged,
     NegativeCurvature,
     NegativeCurvatureWarning,
@@ -96,9 +97,15 @@ def check_window(situation: Situation, outer_steps: int, leftover: bool) -> None
         leftover: gradients of the first step were still there when the second began.
 
     Raises:
+        BilevelError: inside ``torch.inference_mode()``.
         NoInnerStep: no step was recorded.
         UnregisteredTerm: a step consumed a gradient that no registered loss explains.
     """
+    if torch.is_inference_mode_enabled():
+        raise BilevelError(
+            "hypergradient() was called inside torch.inference_mode(), where nothing can be "
+            "differentiated. Call it outside."
+        )
     steps = situation.window.steps()
     if not steps:
         raise NoInnerStep(

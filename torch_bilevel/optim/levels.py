@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..errors import BilevelError, UnsupportedParameter
 from ..problem import BilevelProblem, ModuleSet, Variables
 from .delegation import DelegatingOptimizer
@@ -59,6 +60,18 @@ def names(modules: ModuleSet, role: str, tensors: Sequence[Tensor]) -> list[str]
             if len(found.get(id(parameter), "")) < len(name):
                 found[id(parameter)] = name
     return [found.get(id(p), f"{role}[{i}]") for i, p in enumerate(tensors)]
+
+
+def check_options(unused: str, **numbers: int | None) -> None:
+    """Refuse options of `BilevelOptimizer` that make no sense.
+
+    Raises:
+        ValueError: ``unused`` is not one of its two words, or a number is not positive.
+    """
+    if unused not in ("error", "zero"):
+        raise ValueError(f"unused={unused!r}: write 'error' or 'zero'.")
+    for name, value in numbers.items():
+        _checks.positive_int("BilevelOptimizer", name, value, optional=True)
 
 
 def check_levels(inners: Sequence[Any], outer: Any) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ..errors import BilevelError, OuterOutsideLoss
-from ..inner import Part, StepRecord, Window
-from ..inner.trajectory import Pool, take_part
+from ..inner import Loop, Part, StepRecord, Window
+from ..inner.pool import Pool
+from ..inner.trajectory import take_part
 from ..problem import (
     BilevelProblem,
     Call,
@@ -67,7 +68,9 @@ class Recorder:
         self.pending: list[WeightedCall] = []
         self.current: StepRecord | None = None
         self.paused = 0
+        self.loop = Loop()  # what the user declared about the loop
         self.epoch = 0  # complete inner steps ever
+        self.position = 0  # complete inner steps since the trajectory began
         self.verify_next = True
         self.to_verify: StepRecord | None = None
         self.inside = False  # a registered inner loss is being evaluated for the user
@@ -267,6 +270,8 @@ class Recorder:
             self.thaw()
         if self.paused:
             return None
+        if self.loop.hyperparameters is not None:
+            self.loop.hyperparameters.write(self.optimizers, self.position)
         index = self.optimizers.index(optimizer)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -302,7 +307,9 @@ class Recorder:
         if self.current is None:
             if not calls and all(p.grad is None for p in self._parameters()):
                 return  # a step without any gradient changes nothing
-            self.current = StepRecord(self._kept(calls), self.window.count)
+            self.current = StepRecord(
+                self._kept(calls), self.window.count, self.position
+            )
             if self.verify_next:
                 self._twin = StepRecord(calls, self.window.count)
         elif again:
@@ -365,6 +372,7 @@ class Recorder:
             if self._twin is not None:
                 self.to_verify, self._twin, self.verify_next = self._twin, None, False
             self.epoch += 1
+            self.position += 1
             self.window.append(finished)
             self.on_step()
 
@@ -374,7 +382,7 @@ class Recorder:
         self.leftover = False
         if self.to_verify is not None:
             self.to_verify, self.verify_next = None, True
-        self.window.clear()
+        self.window.clear(restart=True)
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .. import _checks
 from ..errors import BilevelWarning
-from ..inner import GradientTransform
+from ..inner import GradientTransform, Hyperparameters
 from .data import OuterData
 from .hooks import origin, users_frame
 from .losses import InnerLoss, OuterLoss
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,7 +30,7 @@ class LossRegistry:
 
     inner_losses: dict[str, InnerLoss]
     outer_losses: dict[str, OuterLoss]
-    _transform: GradientTransform | None
+    _recorder: Recorder
 
     def inner_loss(self, function: F) -> F:
         """Register an inner loss g; a decorator.
@@ -133,5 +137,50 @@ class LossRegistry:
         Returns:
             The transform, so that this can be a decorator.
         """
-        self._transform = transform
+        self._recorder.loop = replace(self._recorder.loop, transform=transform)
         return transform
+
+    def inner_hyperparameters(self, function: F) -> F:
+        """Let outer variables determine hyperparameters of the inner optimizers; a decorator.
+
+        Before every inner step the function is called and what it returns is written into the
+        parameter groups of the inner optimizers, in place of what a scheduler or the user put
+        there. Unrolled estimators differentiate through it: learning rates, momentum, weight
+        decay, betas. Implicit estimators know only the weight decay, for the point where an
+        optimizer comes to rest does not depend on the others.
+
+        Args:
+            function: of the number of inner steps since the trajectory began (construction or
+                `restart`), or of nothing. Returns a dictionary such as ``{"lr": log_lr.exp()}`` for
+                every parameter group that has the option, or a list with a dictionary for each
+                group. Values are numbers or tensors of one element; betas are a pair.
+
+        Returns:
+            The function.
+
+        Example:
+            >>> import torch, torch_bilevel as tb
+            >>> y = torch.tensor([4.0], requires_grad=True)
+            >>> log_lr = torch.tensor(-1.0, requires_grad=True)
+            >>> optimizer = tb.BilevelOptimizer(
+            ...     torch.optim.SGD([y], lr=0.1), torch.optim.SGD([log_lr], lr=0.1),
+            ...     estimator="unrolled")
+            >>> @optimizer.inner_hyperparameters
+            ... def schedule(step):
+            ...     return {"lr": log_lr.exp()}
+            >>> train = optimizer.inner_loss(lambda: (y**2).sum())
+            >>> valid = optimizer.outer_loss(lambda: (y**2).sum())
+            >>> train().backward(); _ = optimizer.step()
+            >>> valid().backward()      # y₁ = (1 − 2 lr) y₀,  dΦ/d log lr = −4 lr y₀ y₁
+            >>> bool(torch.isclose(log_lr.grad, -4 * (-1.0 * torch.ones(())).exp() * 4 * y[0]))
+            True
+        """
+        if not callable(function):
+            raise TypeError(
+                f"inner_hyperparameters({type(function).__name__}): pass a function that returns "
+                'a dictionary, such as lambda: {"lr": log_lr.exp()}.'
+            )
+        self._recorder.loop = replace(
+            self._recorder.loop, hyperparameters=Hyperparameters(function)
+        )
+        return function

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BilevelError, BilevelWarning
 from ..estimators import EstimatorMemory
-from ..inner import Part, StepRecord
+from ..inner import Part, StepRecord, Tangents
 from ..problem import Call, Randomness
 from ..solvers import Memory
 from .report import Report
@@ -38,6 +38,7 @@ def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
         "estimator": str(optimizer.estimator),
         "outer_steps": optimizer.outer_steps,
         "inner_steps": recorder.epoch,
+        "position": recorder.position,
         "memories": [
             {
                 "losses": list(names),
@@ -88,6 +89,7 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     recorder = optimizer._recorder
     recorder.restart()
     recorder.epoch = saved["inner_steps"]
+    recorder.position = saved["position"]
     recorder.verify_next, recorder.to_verify = True, None
     optimizer.outer_steps = saved["outer_steps"]
     optimizer._adjoints.clear()
@@ -133,8 +135,20 @@ def _save_window(optimizer: BilevelOptimizer) -> dict[str, Any]:
             BilevelWarning,
             stacklevel=4,
         )
-        return {"count": 0, "records": []}
-    return {"count": window.count, "records": records}
+        return {
+            "count": 0,
+            "number": window.number,
+            "interval": window.first_interval,
+            "tangents": None,
+            "records": [],
+        }
+    return {
+        "count": window.count,
+        "number": window.number,
+        "interval": window.interval,
+        "tangents": window.tangents and window.tangents.state_dict(),
+        "records": records,
+    }
 
 
 def _save_record(
@@ -142,6 +156,7 @@ def _save_record(
 ) -> dict[str, Any]:
     return {
         "index": record.index,
+        "position": record.position,
         "opaque": record.opaque,
         "calls": [
             [_save_call(optimizer, call, names), _encode(optimizer, weight)]
@@ -192,12 +207,15 @@ def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     window = optimizer._recorder.window
     for loss in optimizer.inner_losses.values():
         optimizer._modules.discover(loss.function, ())
+    window.interval = saved["interval"]  # before records are appended
     for item in saved["records"]:
         calls = [
             (_load_call(optimizer, call), _decode(optimizer, weight))
             for call, weight in item["calls"]
         ]
-        record = StepRecord(calls, item["index"], opaque=item["opaque"])
+        record = StepRecord(
+            calls, item["index"], item["position"], opaque=item["opaque"]
+        )
         for number, part in item["parts"]:
             record.parts[number] = Part(
                 hyper=_decode(optimizer, part["hyper"]),
@@ -207,7 +225,9 @@ def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
                 state=_decode(optimizer, part["state"]),
             )
         window.append(record)
-    window.count = saved["count"]
+    window.count, window.number = saved["count"], saved["number"]
+    if saved["tangents"] is not None:
+        window.tangents = Tangents.from_state_dict(optimizer.problem, saved["tangents"])
 
 
 def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:

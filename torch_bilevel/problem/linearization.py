@@ -28,11 +28,18 @@ class Linearization:
     Args:
         problem: the problem, for layouts and the point.
         parts: ∇_y g per inner parameter with graph, None where not reached.
+        outer_parts: ∇_x g per outer tensor with graph, for tangents.
     """
 
-    def __init__(self, problem: BilevelProblem, parts: Sequence[Tensor | None]):
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        parts: Sequence[Tensor | None],
+        outer_parts: Sequence[Tensor | None] = (),
+    ):
         self.problem = problem
         self.parts = list(parts)
+        self.outer_parts = list(outer_parts)
         self.reached = [False] * len(problem.outer.tensors)
         self._token = self._now()
         self._live = [
@@ -65,17 +72,53 @@ class Linearization:
         """
         return self._product(v, inner=True, outer=True, last=last)
 
+    @property
+    def outer_reached(self) -> list[bool]:
+        """Per outer tensor, whether g depends on it; with ``outer_parts``."""
+        return [part is not None for part in self.outer_parts]
+
+    def tangent(self, v: Tensor, e: Tensor) -> Tensor:
+        """H v + Jᵀ e = ∂_y(⟨∇_y g, v⟩ + ⟨∇_x g, e⟩), flat; with ``outer_parts``.
+
+        Args:
+            v: flat, of the inner layout.
+            e: flat, of the outer layout.
+        """
+        self._check()
+        self.problem.num_products += 1
+        layouts = self.problem.inner.layout, self.problem.outer.layout
+        weights = [*layouts[0].split(v), *layouts[1].split(e)]
+        pairs = [
+            (part, weight)
+            for part, weight in zip(
+                [*self.parts, *self.outer_parts], weights, strict=True
+            )
+            if part is not None and part.requires_grad
+        ]
+        if not pairs:
+            return layouts[0].zeros()
+        (found,) = gradients(
+            [part for part, _ in pairs],
+            [weight for _, weight in pairs],
+            self.problem.inner.tensors,
+            retain_graph=True,
+        )
+        return layouts[0].flatten(found)
+
     def _now(self) -> tuple:
         return self.problem.inner.token(), self.problem.outer.token()
 
-    def _product(
-        self, v: Tensor, inner: bool, outer: bool, last: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _check(self) -> None:
         if self._now() != self._token:
             raise StalePoint(
                 "This linearisation belongs to another point: the inner or outer parameters "
                 "moved since problem.linearize(...). Linearise again at the present point."
             )
+
+    def _product(
+        self, v: Tensor, inner: bool, outer: bool, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        self._check()
         problem = self.problem
         problem.num_products += 1
         to_inner = [None] * len(problem.inner.tensors)

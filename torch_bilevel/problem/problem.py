@@ -126,31 +126,36 @@ class BilevelProblem:
         return result
 
     def inner_gradients(
-        self, calls: Sequence[WeightedCall], create_graph: bool = False
+        self,
+        calls: Sequence[WeightedCall],
+        create_graph: bool = False,
+        outer: bool = False,
     ) -> list[Tensor | None]:
         """∇_y Σ w g(x, y), call by call in the order of the user's own backwards.
 
         Args:
             calls: recorded calls with their weights.
             create_graph: keep the graph, for products.
+            outer: append ∇_x Σ w g(x, y).
 
         Returns:
-            One tensor per inner parameter, None where no call reaches it.
+            One tensor per inner parameter (and per outer tensor), None where no call reaches it.
 
         Raises:
             Disconnected: a call reaches no inner parameter.
         """
-        total: list[Tensor | None] = [None] * len(self.inner.tensors)
+        wanted = [*self.inner.tensors, *(self.outer.tensors if outer else ())]
+        total: list[Tensor | None] = [None] * len(wanted)
         for call, weight in calls:
             with self.evaluating(call):
                 loss = scalar(self.run(call), call.name)
                 (parts,) = gradients(
                     loss,
                     like(weight, loss),
-                    self.inner.tensors,
+                    wanted,
                     create_graph=create_graph,
                 )
-            if all(part is None for part in parts):
+            if all(part is None for part in parts[: len(self.inner.tensors)]):
                 raise Disconnected(
                     f"The inner loss {call.name!r} does not depend on any inner parameter "
                     f"({_few(self.inner)})."
@@ -161,16 +166,21 @@ class BilevelProblem:
             ]
         return total
 
-    def linearize(self, calls: Sequence[WeightedCall]) -> Linearization:
+    def linearize(
+        self, calls: Sequence[WeightedCall], outer: bool = False
+    ) -> Linearization:
         """Differentiate Σ w g once, at the present point, for any number of products.
 
         Args:
             calls: recorded calls with their weights; their graphs live together.
+            outer: with respect to the outer variables too, for tangents.
 
         Returns:
             The linearisation; it refuses to be used after the parameters moved.
         """
-        return Linearization(self, self.inner_gradients(calls, create_graph=True))
+        parts = self.inner_gradients(calls, create_graph=True, outer=outer)
+        count = len(self.inner.tensors)
+        return Linearization(self, parts[:count], parts[count:])
 
     def outer_gradients(
         self, calls: Sequence[WeightedCall], values: Sequence[Tensor] | None = None
