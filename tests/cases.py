@@ -14,6 +14,7 @@ ESTIMATORS = {
     "neumann": "neumann(num_steps=20000)",
     "identity": None,
     "unrolled": None,
+    "first_order": None,
     "forward": None,
     "forward_gradient": None,
 }
@@ -21,6 +22,13 @@ ESTIMATORS = {
 SYMMETRIC_ONLY = {"cg", "minres"}
 
 ALGORITHMS = {"AIDBiO": "cg(max_steps=10)", "ITDBiO": "unrolled"}
+# over tasks: estimator and further options
+META_ALGORITHMS = {
+    "MAML": ("unrolled", {}),
+    "FOMAML": ("first_order", {}),
+    "ANIL": ("unrolled", {}),
+    "IMAML": ("cg(max_steps=5)", {"proximal_term": 1.0}),
+}
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 ADAM_OPTIONS = [

@@ -154,7 +154,7 @@ def example(name):
 
 
 # For a handful of outer numbers, of one step only, or noisy: not for a thousand weights.
-OTHER_JOBS = {"forward", "forward_gradient", "one_step"}
+OTHER_JOBS = {"first_order", "forward", "forward_gradient", "one_step"}
 
 
 @pytest.mark.parametrize("estimator", sorted(set(tb.estimators()) - OTHER_JOBS))

@@ -476,7 +476,80 @@ def direct_too_large():
 
 def inner_is_outer():
     y = leaf(2)
-    tb.BilevelOptimizer(SGD([y], lr=0.1), SGD([y], lr=0.1))
+    same = SGD([y], lr=0.1)
+    tb.BilevelOptimizer(same, same)
+
+
+def initialisation(estimator="unrolled", **options):
+    """One recorded step on a parameter that is in both optimizers; no task around it."""
+    y = leaf(2)
+    optimizer = tb.BilevelOptimizer(
+        SGD([y], lr=0.1), SGD([y], lr=0.1), estimator=estimator, **options
+    )
+    train = optimizer.inner_loss(lambda: (y**2).sum())
+    valid = optimizer.outer_loss(lambda: (y**4).sum())
+
+    def step():
+        train().backward()
+        optimizer.step()
+
+    return optimizer, step, valid
+
+
+def initialisation_without_a_task():
+    _, step, valid = initialisation()
+    step()
+    valid().backward()
+
+
+def initialisation_without_a_task_explicit():
+    optimizer, step, _ = initialisation()
+    step()
+    optimizer.hypergradient(write=False)
+
+
+def initialisation_with_an_implicit_estimator():
+    optimizer, step, valid = initialisation("cg")
+    with optimizer.task():
+        step()
+        valid().backward()
+
+
+def outer_step_inside_a_task():
+    optimizer, step, valid = initialisation()
+    with optimizer.task():
+        step()
+        valid().backward()
+        optimizer.outer.step()
+
+
+def nested_tasks():
+    optimizer, _, _ = initialisation()
+    with optimizer.task(), optimizer.task():
+        pass
+
+
+def task_with_automatic_outer_steps():
+    initialisation(inner_steps=3)[0].task()
+
+
+def saved_inside_a_task():
+    optimizer, _, _ = initialisation()
+    with optimizer.task():
+        optimizer.state_dict()
+
+
+def maml_that_does_not_learn_everything():
+    tb.MAML(SGD([leaf(2), leaf(3)], lr=0.1), SGD([leaf(2)], lr=0.1))
+
+
+def anil_without_features():
+    y = leaf(2)
+    tb.ANIL(SGD([y], lr=0.1), SGD([y], lr=0.1))
+
+
+def negative_proximal_term():
+    initialisation(proximal_term=-1.0)
 
 
 def not_an_optimizer():
@@ -694,7 +767,33 @@ TABLE = [
     (batches_too_large, tb.TrajectoryTooLong, r"max_record_bytes"),
     (unrolled_without_iterates, tb.NoInnerStep, r"keeps no iterates"),
     (direct_too_large, tb.SolverLimit, r"6 × 6 matrix.*max_bytes"),
-    (inner_is_outer, tb.BilevelError, r"both the inner and the outer"),
+    (inner_is_outer, tb.BilevelError, r"the same optimizer"),
+    (
+        initialisation_without_a_task,
+        tb.BilevelError,
+        r"inner\[0\]|outer\[0\].*task\(\)",
+    ),
+    (
+        initialisation_without_a_task_explicit,
+        tb.BilevelError,
+        r"initialisation.*task\(\)",
+    ),
+    (
+        initialisation_with_an_implicit_estimator,
+        tb.BilevelError,
+        r"where the inner loop began.*proximal_term",
+    ),
+    (outer_step_inside_a_task, tb.BilevelError, r"inside a task.*after the"),
+    (nested_tasks, tb.BilevelError, r"cannot be nested"),
+    (
+        task_with_automatic_outer_steps,
+        tb.BilevelError,
+        r"inner_steps=3.*outer_step\(\)",
+    ),
+    (saved_inside_a_task, tb.BilevelError, r"Save between tasks"),
+    (maml_that_does_not_learn_everything, tb.BilevelError, r"2 of the 2 inner"),
+    (anil_without_features, tb.BilevelError, r"head only.*MAML"),
+    (negative_proximal_term, ValueError, r"proximal_term"),
     (
         not_an_optimizer,
         TypeError,

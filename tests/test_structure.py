@@ -94,7 +94,7 @@ def test_every_member_of_a_registry_has_a_row():
         and issubclass(value, tb.BilevelOptimizer)
         and value is not tb.BilevelOptimizer
     }
-    assert algorithms == set(cases.ALGORITHMS)
+    assert algorithms == set(cases.ALGORITHMS) | set(cases.META_ALGORITHMS)
 
 
 @pytest.mark.parametrize(

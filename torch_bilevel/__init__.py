@@ -21,10 +21,14 @@ from . import solvers as _solvers
 from ._version import __version__ as __version__
 from .errors import *  # noqa: F403
 from .errors import __all__ as _error_names
-from .estimators import Forward, ForwardGradient, Implicit, Unrolled
+from .estimators import FirstOrder, Forward, ForwardGradient, Implicit, Unrolled
 from .estimators import parse as estimator
 from .inner import clip_grad_norm, clip_grad_value, register_update_rule
 from .optim import (
+    ANIL,
+    FOMAML,
+    IMAML,
+    MAML,
     AIDBiO,
     BilevelOptimizer,
     HypergradientCheck,
@@ -38,15 +42,20 @@ from .solvers import CG, MINRES, Direct, Identity, Neumann, Richardson
 
 __all__ = [
     "AIDBiO",
+    "ANIL",
     "BilevelOptimizer",
     "CG",
     "Direct",
+    "FOMAML",
+    "FirstOrder",
     "Forward",
     "ForwardGradient",
     "HypergradientCheck",
     "ITDBiO",
+    "IMAML",
     "Identity",
     "Implicit",
+    "MAML",
     "MINRES",
     "Neumann",
     "Report",

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from .. import _checks
 from .._registry import changed, describe
-from ..errors import InvalidHyperparameters, NonSymmetricSystem, UnknownName
+from ..errors import (
+    BilevelError,
+    InvalidHyperparameters,
+    NonSymmetricSystem,
+    UnknownName,
+)
 from ..inner import RULES, HyperAdjoint, StepRecord, Window, stationarity
 from ..problem import BilevelProblem, Linearization, OuterGradients
 from ..solvers import CG, Operator, Solver
@@ -84,6 +89,14 @@ class Implicit(Estimator):
 
     def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
         """∇Φ = ∂_x f − J v,  where  H v = ∂_y f; see `Estimator.estimate`."""
+        proximal = situation.loop.proximal
+        if situation.problem.initial and proximal is None:
+            raise BilevelError(
+                "A parameter is in both optimizers (an initialisation), and the minimum that an "
+                "implicit estimator describes does not depend on where the inner loop began. Use "
+                "'unrolled', 'forward_gradient' or 'first_order', or pull the inner parameters "
+                "to the initialisation: proximal_term=1.0 (iMAML)."
+            )
         steps = situation.window.steps()
         curved, crossed = (
             steps[-self.hessian_calls :],
@@ -111,6 +124,13 @@ class Implicit(Estimator):
             through, touched = decay_cross(situation, steps[-1], found.value)
             Jv = Jv + through
             reached = [a or b for a, b in zip(reached, touched, strict=True)]
+        if proximal is not None:  # a enters r as −λ s ∘ a
+            pulled = proximal.weight * at.signed(found.value)
+            Jv = Jv - situation.problem.from_initial(pulled)
+            reached = [
+                a or direct is None
+                for a, direct in zip(reached, situation.problem.direct, strict=True)
+            ]
         return Estimate(
             gradient=outer.outer - Jv,
             reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],
@@ -128,6 +148,8 @@ class System:
     """The linear system of the inner optimizer's fixed point, averaged over some steps.
 
     r(y, x) = s ∘ ∇_y g(x, y) + D ∘ y;    ∂_y r = s ∘ H + D,    ∂_x r = s ∘ Jᵀ
+
+    With a proximal term, D includes its s·λ.
 
     Args:
         situation: problem and optimizers.
@@ -147,9 +169,12 @@ class System:
         self.symmetric = len({item.sign for item in known}) == 1
         self.sign: Tensor | None = None
         self.decay: Tensor | float = damping
+        proximal = situation.loop.proximal
+        pull = 0.0 if proximal is None else proximal.weight
         if any(item.sign != 1 for item in known):
             self.sign = _spread(problem, [item.sign for item in known])
-        decays = [item.decay for item in known]
+        # r = s ∘ (∇_y g + λ (y − a)) + D ∘ y: the proximal term is a decay of the loss's sign
+        decays = [item.decay + pull * item.sign for item in known]
         if any(isinstance(decay, Tensor) or decay != 0 for decay in decays):
             self.decay = _spread(problem, decays) + damping
 

@@ -81,7 +81,7 @@ class Unrolled(Estimator):
         rules_of(optimizers)
 
     def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
-        """∇Φ = ∂_x f + Σ_k J_k Ḡ_k; see `Estimator.estimate`."""
+        """∇Φ = ∂_x f + Σ_k J_k Ḡ_k + ȳ_0; see `Estimator.estimate`."""
         steps = situation.window.steps()
         records = list(situation.window)
         earlier = records[: len(records) - len(steps)]
@@ -104,7 +104,9 @@ class Unrolled(Estimator):
         calls = [call for record in steps for call in record.calls]
         check_mismatch(situation.problem, back.mismatch, numbers, calls)
         return Estimate(
-            gradient=outer.outer + back.outer,
+            gradient=outer.outer
+            + back.outer
+            + situation.problem.from_initial(back.inner),
             reached=[a or b for a, b in zip(outer.reached, back.reached, strict=True)],
             steps=len(steps),
         )

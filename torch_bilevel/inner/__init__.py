@@ -7,16 +7,18 @@ from torch.optim import Optimizer
 
 from .adadelta import ADADELTA as ADADELTA
 from .adagrad import ADAGRAD as ADAGRAD
+from .adagrad import fresh_state as fresh_state
 from .adam import ADAM as ADAM
 from .adamax import ADAMAX as ADAMAX
 from .adamw import ADAMW as ADAMW
 from .asgd import ASGD as ASGD
 from .hyperparameters import HyperAdjoint as HyperAdjoint
 from .hyperparameters import Hyperparameters as Hyperparameters
+from .loop import Loop as Loop
+from .loop import Proximal as Proximal
 from .muon import MUON as MUON
 from .nadam import NADAM as NADAM
 from .radam import RADAM as RADAM
-from .replay import Loop as Loop
 from .replay import check_mismatch as check_mismatch
 from .replay import reverse as reverse
 from .rmsprop import RMSPROP as RMSPROP

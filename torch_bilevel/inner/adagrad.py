@@ -46,3 +46,29 @@ def adagrad(
 
 
 ADAGRAD = UpdateRule(torch.optim.Adagrad, adagrad, l2_stationarity)
+
+
+def fresh_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, State]:
+    """The state of an optimizer that has not stepped.
+
+    Empty, but for Adagrad, which is the only one in ``torch.optim`` that fills its state when it
+    is constructed and cannot step without.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        Parameter → state.
+    """
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return {}
+    return {
+        p: {
+            "step": torch.tensor(0.0, device=p.device if group.get("fused") else "cpu"),
+            "sum": torch.full_like(
+                p, group["initial_accumulator_value"], requires_grad=False
+            ),
+        }
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }

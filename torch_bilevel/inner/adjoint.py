@@ -24,7 +24,8 @@ PIECE = 2**16  # entries
 
 
 class Adjoint:
-    """The adjoint of an iterate: of its values, its optimizer state, and the gradient consumed.
+    """The adjoint of an iterate: of its values, its optimizer state, and the gradient consumed;
+    and of what a proximal term pulls to.
 
     Args:
         layout: of the inner parameters.
@@ -35,6 +36,7 @@ class Adjoint:
         self.layout = layout
         self.values = values.clone()
         self.gradient = torch.zeros_like(values)
+        self.anchor = torch.zeros_like(values)
         self.states: list[dict[str, Tensor]] = [{} for _ in layout.sizes]
 
     def parts(self, vector: Tensor) -> Sequence[Tensor]:

@@ -21,27 +21,14 @@ from torch import Tensor
 from ..errors import OpaqueStep, ReplayMismatch
 from ..problem import BilevelProblem, WeightedCall
 from .adjoint import Adjoint, mismatch, pull_back
-from .hyperparameters import HyperAdjoint, Hyperparameters, groups_of
+from .hyperparameters import HyperAdjoint, groups_of
+from .loop import Loop
 from .pool import Pool
 from .rule import Hyper, UpdateRule
 from .trajectory import StepRecord, copy_states, tensors_of
-from .transforms import GradientTransform
 from .verification import consumed, tolerance
 
 States = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What the user declared about the inner loop.
-
-    Attributes:
-        transform: what happens to gradients between ``backward()`` and ``step()``.
-        hyperparameters: the function that determines hyperparameters.
-    """
-
-    transform: GradientTransform | None = None
-    hyperparameters: Hyperparameters | None = None
 
 
 @dataclass
@@ -57,7 +44,7 @@ class Reversed:
     """What going back over the steps gives.
 
     Attributes:
-        inner: adjoint of the first iterate, flat.
+        inner: adjoint of the first iterate, and of what a proximal term pulls to, flat.
         outer: Σ J Ḡ, flat: the implicit part of the hypergradient.
         reached: per outer tensor, whether any step depends on it.
         mismatch: per step, how far the rule is from what the optimizer did.
@@ -140,7 +127,7 @@ def reverse(
     result = Reversed(
         layout.zeros(),
         problem.outer.layout.zeros(),
-        [False] * len(problem.outer.tensors),
+        [tensor is None for tensor in problem.direct],
         [],
         [],
     )
@@ -184,7 +171,7 @@ def reverse(
             for point in points[1:]:  # the first is the record's own
                 stepper.pool.give_back(tensors_of(point.values, point.states))
             del points
-    result.inner = bar.values
+    result.inner = bar.values + bar.anchor
     return result
 
 
@@ -238,7 +225,7 @@ class Stepper:
         states: States,
     ) -> tuple[list[Tensor], States]:
         """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
-        used = consumed(gradients, record.present(), values, self.loop.transform)
+        used = self.loop.consumed(gradients, record.present(), values)
         new_values, new_states = [], []
         for (rule, hyper), value, gradient, state in zip(
             self.updates(record, HyperAdjoint(None, 0, list(groups_of(record.parts)))),
@@ -291,7 +278,7 @@ class Stepper:
             for g, v in zip(gradients, point.values, strict=True)
         ]
         with torch.no_grad():
-            used = consumed(raw, record.present(), point.values, self.loop.transform)
+            used = self.loop.consumed(raw, record.present(), point.values)
         norms: list[Tensor] = []
         gradient_bars = bar.parts(bar.gradient)
         for index, ((rule, options), value, g, state, next_value) in enumerate(
@@ -319,6 +306,9 @@ class Stepper:
                 hyper.bars,
             )
             norms += found
+        if self.loop.proximal is not None:  # λ (y − a) was added to the gradient
+            bar.values.add_(bar.gradient, alpha=self.loop.proximal.weight)
+            bar.anchor.sub_(bar.gradient, alpha=self.loop.proximal.weight)
         if self.loop.transform is not None:
             self._through_transform(record, point, raw, gradient_bars)
         eps = max(torch.finfo(value.dtype).eps for value in point.values)

@@ -20,8 +20,9 @@ from ..errors import OpaqueStep
 from ..problem import BilevelProblem
 from .adjoint import differentiable, leaf, mismatch, step_norms
 from .hyperparameters import HyperAdjoint
+from .loop import Loop
 from .pool import Pool
-from .replay import Loop, Stepper
+from .replay import Stepper
 from .rule import UpdateRule
 from .trajectory import StepRecord
 from .verification import consumed
@@ -46,11 +47,9 @@ class Tangents:
     def __init__(self, problem: BilevelProblem, directions: Tensor):
         layout = problem.inner.layout
         self.directions = directions
-        self.values = torch.zeros(
-            len(directions), layout.numel, dtype=layout.dtype, device=layout.device
-        )
+        self.values = problem.to_initial(directions)
         self.states: list[dict[str, Tensor]] = [{} for _ in layout.sizes]
-        self.reached = [False] * len(problem.outer.tensors)
+        self.reached = [tensor is None for tensor in problem.direct]
         self.mismatch: list[Tensor] = []
         self.numbers: list[int] = []
         self.steps = 0
@@ -124,6 +123,14 @@ class Tangents:
         hyper = stepper.hyper(record)
         raw = [None if g is None else g.detach() for g in at.parts]
         used, dots = _transformed(problem, record, point.values, raw, gradients, loop)
+        if loop.proximal is not None:  # λ (y − a) was added to the gradient
+            drift = self.values - problem.to_initial(self.directions)
+            rows = torch.split(drift, problem.inner.layout.sizes, dim=1)
+            dots = [
+                torch.add(dot, row, alpha=loop.proximal.weight)
+                for dot, row in zip(dots, rows, strict=True)
+            ]
+            used = loop.consumed(raw, record.present(), point.values)
         hyper_dots, hyper_reached = _hyper_tangents(problem, hyper, self.directions)
         norms = []
         pieces = torch.split(self.values, problem.inner.layout.sizes, dim=1)

@@ -4,9 +4,13 @@ Adding a named algorithm is a file and an import line here; see ``docs/extending
 """
 
 from .aidbio import AIDBiO as AIDBiO
+from .anil import ANIL as ANIL
 from .bilevel import BilevelOptimizer as BilevelOptimizer
 from .check import HypergradientCheck as HypergradientCheck
 from .check import check_hypergradient as check_hypergradient
 from .citation import citation as citation
+from .fomaml import FOMAML as FOMAML
+from .imaml import IMAML as IMAML
 from .itdbio import ITDBiO as ITDBiO
+from .maml import MAML as MAML
 from .report import Report as Report

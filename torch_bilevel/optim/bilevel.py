@@ -6,38 +6,37 @@ the window of recorded steps, the memory of estimators.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .. import estimators
+from .. import _checks, estimators
 from ..errors import LossNotRegistered, NoOuterStepWarning
 from ..estimators import Estimator, EstimatorMemory, Situation
 from ..inner import verify
 from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
 from ..second_order import uncompiled_method
-from . import estimation, state
+from . import estimation
+from .control import Control
 from .delegation import DelegatingOptimizer
-from .explain import explain
 from .hooks import take_over, users_frame, weak
 from .levels import build, check_levels, check_options, fits
 from .losses import outer_calls
 from .recorder import Recorder
 from .registry import LossRegistry
 from .report import Report
+from .tasks import Task, TaskLoop
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
+class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
     """Train ``inner`` as before and ``outer`` by the gradient of a validation loss.
 
         min_x f(x, y*(x)),    y*(x) = argmin_y g(x, y)
@@ -52,6 +51,9 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         modules: modules used in the losses; others are found at the first call.
         estimator: a name (``"cg"``, ``"unrolled(window=50)"``), an `Estimator`, or a solver.
         inner_steps: take an outer step after so many inner steps; None never does by itself.
+        proximal_term: λ of a term (λ/2)‖y − a‖² of the inner objective that is not part of the
+            loss: its gradient is added to ``.grad`` just before each inner step. a is the inner
+            parameters when the trajectory began (task, `restart`, construction); see `IMAML`.
         grad_scaler: the ``torch.amp.GradScaler`` of the loop, if it uses one.
         unused: what to do about outer variables that reach no loss: ``"error"`` or ``"zero"``.
         strict: raise on negative curvature instead of warning once.
@@ -93,6 +95,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         modules: nn.Module | Iterable[nn.Module] = (),
         estimator: Any = "cg",
         inner_steps: int | None = None,
+        proximal_term: float | None = None,
         grad_scaler: Any = None,
         unused: str = "error",
         strict: bool = False,
@@ -110,6 +113,11 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
             max_record_bytes=max_record_bytes,
         )
         self.inner_steps = inner_steps
+        if proximal_term is not None:
+            _checks.real(
+                "BilevelOptimizer", "proximal_term", proximal_term, positive=True
+            )
+        self.proximal_term = proximal_term
         self.unused = unused
         self.strict = strict
         self.verify_every = verify_every
@@ -138,10 +146,17 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
             grad_scaler,
             self._after_inner_step,
         )
-        self._recorder.watch_outer(self.problem.outer.tensors)
+        self._recorder.watch_outer(self.problem.constants)
+        self._recorder.begin(proximal_term)
+        self._task: Task | None = None
+        self._tasks_done = 0  # since the last outer step
+        self._tasks_begun = 0  # ever
         take_over(self)
-        hook = weak(self._after_outer_step)
-        self._recorder._handles.append(outer.register_step_post_hook(hook))
+        before, after = weak(self._before_outer_step), weak(self._after_outer_step)
+        self._recorder._handles += [
+            outer.register_step_pre_hook(before),
+            outer.register_step_post_hook(after),
+        ]
 
     # --- steps ------------------------------------------------------------------------
 
@@ -154,6 +169,9 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
     def outer_step(self, *args: Any, **kwargs: Any) -> Report:
         """Take an outer step: hypergradient, then ``outer.step()``.
 
+        After tasks, and without arguments, the hypergradient is the mean over the tasks since
+        the last outer step of what was back-propagated inside them.
+
         Args:
             *args: a batch for the only outer loss; without any, batches are drawn from the
                 outer losses' data.
@@ -162,6 +180,8 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         Returns:
             The report, which prints as one line.
         """
+        if self._tasks_done and not (args or kwargs):
+            return self._step_over_tasks()
         self.hypergradient(*args, **kwargs)
         self.outer.step()
         assert self.last_report is not None
@@ -194,7 +214,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         calls, names = outer_calls(self, args, kwargs, loss)
         parts = self._estimate(calls, names, None, chosen)
         if write:
-            for tensor, part in zip(self.problem.outer.tensors, parts, strict=True):
+            for tensor, part in zip(self._outer_leaves(), parts, strict=True):
                 if accumulate and tensor.grad is not None:
                     tensor.grad = tensor.grad + part
                 else:
@@ -210,6 +230,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
     ) -> list[Tensor]:
         """One hypergradient; keeps its report and, for the warm start, its adjoint."""
         self._recorder.thaw()
+        self._outer_leaves()  # an initialisation needs a task
         if not self.inner_losses:
             raise LossNotRegistered(
                 "No inner loss is registered. Decorate the training loss with "
@@ -284,6 +305,7 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         dropped = len(self._recorder.window)
         self._recorder.window.clear()
         self.outer_steps += 1
+        self._tasks_done = 0
         if self.verify_every and self.outer_steps % self.verify_every == 0:
             self._recorder.verify_next = True
         report, self._step_report = self._step_report, None
@@ -323,46 +345,6 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         self._memories.clear()
         self._adjoints.clear()
 
-    def restart(self) -> None:
-        """Start a new inner trajectory at the present parameters.
-
-        Drops recorded steps, inner optimizer state and adjoints; parameters stay.
-        """
-        self._recorder.restart()
-        self._recorder.position = 0
-        self._forget_adjoints()
-        for optimizer in self.inners:
-            optimizer.state.clear()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Train inside without recording or counting: warm-up, another objective."""
-        with self._recorder.pausing():
-            yield
-
-    def remove(self) -> None:
-        """Take every hook off; both optimizers are as if never wrapped."""
-        self._recorder.remove()
-
-    def register_outer_step_post_hook(
-        self, hook: Callable[[BilevelOptimizer, Report], Any]
-    ) -> RemovableHandle:
-        """Call ``hook(optimizer, report)`` after every outer step.
-
-        Args:
-            hook: the function.
-
-        Returns:
-            A handle whose ``remove()`` takes it off.
-        """
-        handle = RemovableHandle(self._outer_hooks)
-        self._outer_hooks[handle.id] = hook
-        return handle
-
-    def explain(self) -> str:
-        """Who moves what, which batches are used, which engine computes products."""
-        return explain(self)
-
     @property
     def problem(self) -> BilevelProblem:
         """Both levels at the live parameters; rebuilt when parameter groups change."""
@@ -378,29 +360,10 @@ class BilevelOptimizer(LossRegistry, DelegatingOptimizer):
         if again:
             self._recorder.restart()
             self._recorder.present = self._problem
-            self._recorder.watch_outer(self._problem.outer.tensors)
+            self._recorder.begin(self.proximal_term)
+            self._recorder.watch_outer(self._problem.constants)
             self._forget_adjoints()
         return self._problem
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-exact resume needs, loadable with ``weights_only=True``.
-
-        Both optimizers' states, the values of the outer variables, counters, adjoints, the
-        position in the outer data, and the steps recorded since the last outer step. Values of
-        inner parameters are not included: save the model's ``state_dict`` beside it.
-
-        Returns:
-            A dictionary of plain types and tensors.
-        """
-        return state.save(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`; register the same losses first.
-
-        Args:
-            state_dict: what `state_dict` returned.
-        """
-        state.load(self, state_dict)
 
     def __repr__(self) -> str:
         inner = ", ".join(type(optimizer).__name__ for optimizer in self.inners)

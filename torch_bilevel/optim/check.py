@@ -11,7 +11,7 @@ import contextlib
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from .. import estimators
 from ..errors import BilevelError
 from ..inner import StepRecord, tolerance
-from ..inner.verification import consumed
 from ..problem import WeightedCall, scalar
 from .losses import outer_calls
 
@@ -131,7 +130,7 @@ def check_hypergradient(
     generator = torch.Generator().manual_seed(seed)
     estimated, differences = [], []
     with runner.everything_restored():
-        x = problem.outer.read()
+        x = runner.outer_start()
         for index in range(directions):
             if index == 0:
                 size = gradient.pow(2).mean().sqrt()
@@ -178,6 +177,7 @@ class Runner:
     ):
         self.optimizer = optimizer
         self.problem = optimizer.problem
+        self.loop = optimizer._recorder.loop
         self.steps = list(steps)
         self.calls = calls
         self.max_steps = max_steps
@@ -204,10 +204,32 @@ class Runner:
             else [o.state.get(p, {}) for o, p in _owned(optimizer.inners)]
         )
 
+    def outer_start(self) -> Tensor:
+        """x, flat; an initialisation has the value it had when the trajectory began."""
+        x = self.problem.outer.read()
+        began = self.start if self.loop.proximal is None else self.loop.proximal.anchor
+        values = self.problem.inner.layout.flatten(began)
+        for here, there in self.problem.initial:
+            x[there] = values[here].to(x)
+        return x
+
+    def _with_initial(self, values: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        """Inner values with the initialisations of ``x`` in their places."""
+        flat = self.problem.inner.layout.flatten(values).clone()
+        for here, there in self.problem.initial:
+            flat[here] = x[there].to(flat)
+        return self.problem.inner.layout.split(flat)
+
     def outer_value(self, x: Tensor) -> float:
         """F after running the steps with the outer variables at ``x``."""
         self.problem.outer.overwrite(self.problem.outer.layout.split(x))
-        self.problem.inner.overwrite(self.start)
+        once, near = self.max_steps == 1, self.loop.proximal
+        self.problem.inner.overwrite(
+            self._with_initial(self.start, x) if once else self.start
+        )
+        if near is not None:
+            near = replace(near, anchor=self._with_initial(near.anchor, x))
+            self.loop = replace(self.loop, proximal=near)
         for (owner, parameter), state in zip(
             _owned(self.optimizer.inners), self.states, strict=True
         ):
@@ -240,18 +262,15 @@ class Runner:
         present = [there for part in parts for there in part.present]
         if not present:  # recorded without iterates
             present = [g is not None for g in gradients]
-        used = consumed(
-            gradients,
-            present,
-            self.problem.inner.tensors,
-            self.optimizer._recorder.loop.transform,
+        used = self.loop.consumed(
+            gradients, present, [t.detach() for t in self.problem.inner.tensors]
         )
         for tensor, gradient in zip(self.problem.inner.tensors, used, strict=True):
             tensor.grad = None if gradient is None else gradient.detach()
         for owner, part in zip(self.optimizer.inners, parts, strict=True):
             for group, hyper in zip(owner.param_groups, part.hyper, strict=False):
                 group.update(hyper)
-        hyperparameters = self.optimizer._recorder.loop.hyperparameters
+        hyperparameters = self.loop.hyperparameters
         if hyperparameters is not None:  # at the outer variables of this run
             hyperparameters.write(self.optimizer.inners, step.position)
         for owner in self.optimizer.inners:

@@ -27,6 +27,29 @@ FRANCESCHI_2017 = """@inproceedings{franceschi2017forward,
 }"""
 
 
+FINN_2017 = """@inproceedings{finn2017model,
+  title     = {Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks},
+  author    = {Finn, Chelsea and Abbeel, Pieter and Levine, Sergey},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2017}
+}"""
+
+RAGHU_2020 = """@inproceedings{raghu2020rapid,
+  title     = {Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of
+               {MAML}},
+  author    = {Raghu, Aniruddh and Raghu, Maithra and Bengio, Samy and Vinyals, Oriol},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2020}
+}"""
+
+RAJESWARAN_2019 = """@inproceedings{rajeswaran2019meta,
+  title     = {Meta-Learning with Implicit Gradients},
+  author    = {Rajeswaran, Aravind and Finn, Chelsea and Kakade, Sham and Levine, Sergey},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2019}
+}"""
+
+
 def citation(optimizer: Any) -> str:
     """BibTeX of the algorithm an optimizer is, or of the estimator it uses.
 

@@ -150,7 +150,8 @@ def check_reached(problem: BilevelProblem, reached: Sequence[bool]) -> None:
             f"The outer variables {', '.join(lost)} reach neither the recorded inner losses "
             "nor the outer loss, so their hypergradient is zero. Use them inside a registered "
             "loss (a value computed from them beforehand, or .item(), .data or .detach(), "
-            "cuts them off), or pass unused='zero' if that is meant."
+            "cuts them off), or pass unused='zero' if that is meant. ('first_order' drops what "
+            "enters through the inner loss alone.)"
         )
 
 

@@ -79,7 +79,7 @@ def check_levels(inners: Sequence[Any], outer: Any) -> None:
 
     Raises:
         TypeError: something is not a plain ``torch.optim`` optimizer.
-        BilevelError: a parameter is in both levels.
+        BilevelError: the same optimizer is both levels.
         UnsupportedParameter: an outer tensor does not require grad.
     """
     for role, optimizer in [*(("inner", o) for o in inners), ("outer", outer)]:
@@ -100,15 +100,6 @@ def check_levels(inners: Sequence[Any], outer: Any) -> None:
             f"{len(constant)} tensor(s) of the outer optimizer (first: shape "
             f"{tuple(constant[0].shape)}) do not require grad. Create outer variables with "
             "requires_grad=True, or call .requires_grad_() on them."
-        )
-    seen = {id(p) for p in parameters(inners)}
-    both = [p for p in parameters([outer]) if id(p) in seen]
-    if both:
-        raise BilevelError(
-            f"{len(both)} parameter(s) (first: shape {tuple(both[0].shape)}) are in both the "
-            "inner and the outer optimizer. A parameter is either trained by the inner loss or "
-            "learned by the outer one. Learning an initialisation needs tasks, which this "
-            "version does not have."
         )
     if any(outer is o for o in inners):
         raise BilevelError("inner and outer are the same optimizer.")

@@ -84,7 +84,7 @@ class OuterLoss:
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = Run(self, self.record(args, kwargs))
-        loss = HypergradientFunction.apply(run, *run.owner.problem.outer.tensors)
+        loss = HypergradientFunction.apply(run, *run.owner._outer_leaves())
         return run.with_loss(loss)
 
     def __deepcopy__(self, memo: Any) -> OuterLoss:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ..errors import BilevelError, OuterOutsideLoss
-from ..inner import Loop, Part, StepRecord, Window
+from ..inner import Loop, Part, Proximal, StepRecord, Window
 from ..inner.pool import Pool
 from ..inner.trajectory import take_part
 from ..problem import (
@@ -237,11 +237,6 @@ class Recorder:
 
     # --- steps ------------------------------------------------------------------------
 
-    def _parameters(self) -> Iterator[Tensor]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield from group["params"]
-
     def _version(self) -> tuple[int, int] | None:
         """Identity and version of the first gradient; ``zero_()`` moves it."""
         for gradient in map(_grad, self.present.inner.tensors):
@@ -257,7 +252,8 @@ class Recorder:
         if version == self._grad_version:
             return False
         return not any(
-            p.grad is not None and bool(p.grad.any()) for p in self._parameters()
+            p.grad is not None and bool(p.grad.any())
+            for p in self.present.inner.tensors
         )
 
     def _before_step(
@@ -305,7 +301,7 @@ class Recorder:
         if len(self.optimizers) == 1 and self.current is not None and not again:
             self.current = self._twin = None  # that step raised and never finished
         if self.current is None:
-            if not calls and all(p.grad is None for p in self._parameters()):
+            if not calls and all(p.grad is None for p in self.present.inner.tensors):
                 return  # a step without any gradient changes nothing
             self.current = StepRecord(
                 self._kept(calls), self.window.count, self.position
@@ -337,6 +333,16 @@ class Recorder:
             self._twin.parts[index] = take_part(
                 optimizer, Pool(), gradients=True, scale=fused_scale
             )
+        if self.loop.proximal is not None:
+            tensors = self.present.inner.tensors
+            self.loop.proximal.pull(optimizer, tensors, fused_scale)
+
+    def begin(self, proximal_term: float | None) -> None:
+        """A trajectory begins at the present parameters."""
+        self.position = 0
+        if proximal_term is not None:
+            anchor = [t.detach().clone() for t in self.problem().inner.tensors]
+            self.loop = replace(self.loop, proximal=Proximal(proximal_term, anchor))
 
     def _kept(self, calls: list[WeightedCall]) -> list[WeightedCall]:
         """The calls without buffer values, where the trajectory is not replayed.

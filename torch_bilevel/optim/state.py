@@ -30,6 +30,11 @@ VERSION = 1
 def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
     """See `BilevelOptimizer.state_dict`."""
     recorder = optimizer._recorder
+    if optimizer._task is not None:
+        raise BilevelError(
+            "state_dict() was called inside a task. Save between tasks: a task puts everything "
+            "back at its end, so there is nothing in it to resume."
+        )
     return {
         "version": VERSION,
         "inner": [copy.deepcopy(o.state_dict()) for o in optimizer.inners],
@@ -39,6 +44,7 @@ def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
         "outer_steps": optimizer.outer_steps,
         "inner_steps": recorder.epoch,
         "position": recorder.position,
+        "tasks": [optimizer._tasks_done, optimizer._tasks_begun],
         "memories": [
             {
                 "losses": list(names),
@@ -90,6 +96,7 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     recorder.restart()
     recorder.epoch = saved["inner_steps"]
     recorder.position = saved["position"]
+    optimizer._tasks_done, optimizer._tasks_begun = saved["tasks"]
     recorder.verify_next, recorder.to_verify = True, None
     optimizer.outer_steps = saved["outer_steps"]
     optimizer._adjoints.clear()

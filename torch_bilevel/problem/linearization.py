@@ -129,7 +129,7 @@ class Linearization:
                 [self.parts[index] for index in self._live],  # type: ignore[misc]
                 [weights[index] for index in self._live],
                 problem.inner.tensors if inner else (),
-                problem.outer.tensors if outer else (),
+                problem.direct if outer else (),
                 retain_graph=not last,
             )
             to_inner, to_outer = found[0] or to_inner, found[1] or to_outer

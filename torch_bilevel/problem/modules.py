@@ -84,6 +84,17 @@ class ModuleSet:
         ]
 
     @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """At exit every buffer is the tensor it was, with the values it had."""
+        saved = [(m, name, b, b.detach().clone()) for m, name, b in self.buffers()]
+        try:
+            yield
+        finally:
+            for module, name, buffer, value in saved:
+                module._buffers[name] = buffer
+                buffer.data.copy_(value)
+
+    @contextlib.contextmanager
     def guarded(
         self,
         flags: Flags | None = None,

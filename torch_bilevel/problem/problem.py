@@ -64,6 +64,10 @@ class BilevelProblem:
         self.live = inner.ids | outer.ids
         # What the user's own inner call sees as constants.
         self.constants = [tensor for tensor in outer.tensors if tensor not in inner]
+        # What losses depend on as outer variables: an initialisation, which is also an inner
+        # variable, enters through the first iterate only.
+        self.direct = [None if tensor in inner else tensor for tensor in outer.tensors]
+        self.initial = _common(inner, outer)
         self.device_types = tuple(
             dict.fromkeys([*(t.device.type for t in tensors), "cpu"])
         )
@@ -73,6 +77,30 @@ class BilevelProblem:
             for device in dict.fromkeys(t.device for t in tensors)
             if device.type != "cpu"
         ]
+
+    def from_initial(self, vector: Tensor) -> Tensor:
+        """An adjoint of the first iterate as a gradient of the initialisations in x, flat.
+
+        Args:
+            vector: flat, of the inner layout.
+        """
+        result = self.outer.layout.zeros()
+        for here, there in self.initial:
+            result[there] = vector[here].to(result)
+        return result
+
+    def to_initial(self, directions: Tensor) -> Tensor:
+        """Tangents of the first iterate along directions of x, a row for each.
+
+        Args:
+            directions: (count, outer numel).
+        """
+        layout = self.inner.layout
+        shape = len(directions), layout.numel
+        result = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+        for here, there in self.initial:
+            result[:, here] = directions[:, there].to(result)
+        return result
 
     @contextlib.contextmanager
     def evaluating(self, call: Call) -> Iterator[None]:
@@ -144,7 +172,7 @@ class BilevelProblem:
         Raises:
             Disconnected: a call reaches no inner parameter.
         """
-        wanted = [*self.inner.tensors, *(self.outer.tensors if outer else ())]
+        wanted = [*self.inner.tensors, *(self.direct if outer else ())]
         total: list[Tensor | None] = [None] * len(wanted)
         for call, weight in calls:
             with self.evaluating(call):
@@ -207,7 +235,7 @@ class BilevelProblem:
                     loss,
                     seed,
                     self.inner.tensors,
-                    self.outer.tensors,
+                    self.direct,
                     retain_graph=values is not None,
                 )
             touched |= any(part is not None for part in to_inner)
@@ -227,6 +255,20 @@ class BilevelProblem:
             )
         assert total is not None
         return OuterGradients(total, inner, outer, reached)
+
+
+def _common(inner: Variables, outer: Variables) -> list[tuple[slice, slice]]:
+    """Where the tensors that are in both levels lie in either flat vector."""
+    places, start = {}, 0
+    for tensor, size in zip(inner.tensors, inner.layout.sizes, strict=True):
+        places[id(tensor)] = slice(start, start + size)
+        start += size
+    found, start = [], 0
+    for tensor, size in zip(outer.tensors, outer.layout.sizes, strict=True):
+        if id(tensor) in places:
+            found.append((places[id(tensor)], slice(start, start + size)))
+        start += size
+    return found
 
 
 def like(weight: Any, loss: Tensor) -> Tensor:

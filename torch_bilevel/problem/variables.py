@@ -81,14 +81,19 @@ class Variables:
 def gradients(
     output: Tensor | Sequence[Tensor],
     weight: Tensor | Sequence[Tensor] | None,
-    *groups: Sequence[Tensor],
+    *groups: Sequence[Tensor | None],
     **options: bool,
 ) -> list[list[Tensor | None]]:
     """``autograd.grad`` in one pass, per group of tensors; None where one is not reached.
 
     Frozen tensors (``requires_grad=False``) are never reached.
     """
-    wanted = [tensor for group in groups for tensor in group if tensor.requires_grad]
+    wanted = [
+        tensor
+        for group in groups
+        for tensor in group
+        if tensor is not None and tensor.requires_grad
+    ]
     found = (
         torch.autograd.grad(output, wanted, weight, allow_unused=True, **options)
         if wanted
