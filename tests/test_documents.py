@@ -224,6 +224,34 @@ def test_a_learned_schedule_beats_the_best_constant(tmp_path):
     assert (tmp_path / "learned_schedule.png").stat().st_size > 10000
 
 
+@pytest.mark.filterwarnings("ignore::torch_bilevel.NegativeCurvatureWarning")
+@pytest.mark.parametrize("method", ["maml", "fomaml", "anil", "imaml", "itd"])
+def test_few_shot(method, tmp_path, capsys):
+    arguments = ["--method", method, "--outer-steps", "40", "--tasks", "2"]
+    arguments += ["--test-episodes", "40", "--output", str(tmp_path)]
+    results = example("few_shot.py")["main"](arguments)
+    (before, _), (after, half) = results.values()
+    if method == "imaml":  # twelve steps from anywhere are good at this already
+        assert after > 75
+    else:
+        assert after > before
+    assert 0 < half < 10
+    assert (tmp_path / f"few_shot_{method}.png").stat().st_size > 10000
+    assert "unseen classes" in capsys.readouterr().out
+
+
+def test_few_shot_refuses_bad_input(monkeypatch, capsys, tmp_path):
+    for arguments, message in (
+        (["--ways", "9"], "--ways must lie between 2 and 4"),
+        (["--tasks", "0"], "--tasks must be at least 1"),
+        (["--data", str(tmp_path / "none.npz")], "is not the Omniglot archive"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["few_shot.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "examples/few_shot.py"), run_name="__main__")
+        assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_drop_in_differs_in_few_lines():
     space = example("drop_in.py")
     a, b = (
