@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from problems import DataWeights, Quadratic, Ridge, flat
 
 import torch_bilevel as tb
+from torch_bilevel.inner import RULES
 
 SGD = torch.optim.SGD
 
@@ -515,6 +516,69 @@ def initialisation_with_an_implicit_estimator():
         valid().backward()
 
 
+def outer_step_without_a_task():
+    initialisation()[0].outer_step()
+
+
+def outer_step_by_the_library_inside_a_task():
+    optimizer, step, valid = initialisation()
+    with optimizer.task():
+        step()
+        valid().backward()
+        optimizer.outer_step()
+
+
+def outer_loss_where_nothing_is_recorded():
+    optimizer, step, valid = initialisation()
+    with optimizer.task(record=False):
+        step()
+        valid().backward()
+
+
+def backward_after_the_task():
+    optimizer, step, valid = initialisation()
+    with optimizer.task():
+        step()
+        optimizer.hypergradient()
+        loss = valid()
+    loss.backward()
+
+
+def hyperparameter_that_is_not_finite():
+    with_hyperparameters(lambda lam: {"lr": lam.sum() * float("nan")})
+
+
+def own_rule(rule):
+    class Mine(SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["m"] = p.grad.clone()
+                    p.data.sub_(p.grad, alpha=group["lr"])
+
+    tb.register_update_rule(Mine, rule)
+    try:
+        y, x = leaf(2), leaf(2)
+        optimizer = plain(Mine([y], lr=0.1), SGD([x], lr=0.1), estimator="unrolled")
+        train = optimizer.inner_loss(lambda: ((y - x) ** 2).sum())
+        optimizer.outer_loss(lambda: (y**2).sum())
+        for _ in range(2):
+            optimizer.zero_grad()
+            train().backward()
+            optimizer.step()
+        optimizer.hypergradient()
+    finally:
+        RULES.pop(Mine)
+
+
+def rule_that_returns_the_parameter_only():
+    own_rule(lambda p, g, s, h: p - h["lr"] * g)
+
+
+def rule_that_forgets_its_state():
+    own_rule(lambda p, g, s, h: (p - h["lr"] * g, {}))
+
+
 def outer_step_inside_a_task():
     optimizer, step, valid = initialisation()
     with optimizer.task():
@@ -784,6 +848,21 @@ TABLE = [
         r"where the inner loop began.*proximal_term",
     ),
     (outer_step_inside_a_task, tb.BilevelError, r"inside a task.*after the"),
+    (outer_step_without_a_task, tb.BilevelError, r"no task since the last outer step"),
+    (
+        outer_step_by_the_library_inside_a_task,
+        tb.BilevelError,
+        r"inside a task.*after the",
+    ),
+    (outer_loss_where_nothing_is_recorded, tb.NoInnerStep, r"record=False.*no_grad"),
+    (backward_after_the_task, tb.StalePoint, r"end of a task.*inside it"),
+    (hyperparameter_that_is_not_finite, tb.InvalidHyperparameters, r"'lr' to nan"),
+    (
+        rule_that_returns_the_parameter_only,
+        tb.ReplayMismatch,
+        r"Mine.*\(parameter, state\)",
+    ),
+    (rule_that_forgets_its_state, tb.ReplayMismatch, r"Mine.*without 'm'"),
     (nested_tasks, tb.BilevelError, r"cannot be nested"),
     (
         task_with_automatic_outer_steps,

@@ -327,3 +327,39 @@ def test_large_parameters_are_taken_in_pieces(case, monkeypatch):
         pieces = gradients(num_steps)
         monkeypatch.undo()
         torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("every", ["None", "3"])
+def test_adam_at_a_minimum_is_not_taken_for_another_program(every):
+    """It divides by |g|, which is all rounding there; a real mismatch is still one."""
+    torch.manual_seed(0)
+    model, X = torch.nn.Linear(4, 1), torch.randn(30, 4)
+    target = X @ torch.randn(4, 1) + 0.3 * torch.randn(30, 1)
+    x = torch.tensor(-2.0, requires_grad=True)
+
+    def loss():
+        return torch.nn.functional.mse_loss(model(X), target)
+
+    decay = x.exp().item()
+    plain = SGD(model.parameters(), lr=0.1, weight_decay=decay)
+    for _ in range(400):
+        plain.zero_grad()
+        loss().backward()
+        plain.step()
+    inner = ADAM(model.parameters(), lr=0.05, weight_decay=decay)
+    estimator = f"unrolled(checkpoint_every={every})"
+    optimizer = tb.BilevelOptimizer(inner, SGD([x], lr=0.1), estimator=estimator)
+    optimizer.inner_hyperparameters(lambda: {"weight_decay": x.exp()})
+    train = optimizer.inner_loss(loss)
+    optimizer.outer_loss(lambda: model(X[:5]).pow(2).sum())
+    for _ in range(20):
+        optimizer.zero_grad()
+        train().backward()
+        optimizer.step()
+    optimizer.hypergradient()
+    optimizer.zero_grad()
+    train().backward()
+    model.weight.grad[0, 0] *= 1.1
+    optimizer.step()
+    with pytest.raises(tb.ReplayMismatch, match="inner step 20"):
+        optimizer.hypergradient()

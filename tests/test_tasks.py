@@ -81,6 +81,7 @@ def test_check_hypergradient_inside_a_task(estimator, options):
     with problem.optimizer.task():
         problem.adapt(0, 300 if "cg" in estimator else 3)
         found = tb.check_hypergradient(problem.optimizer, problem.t[0])
+        problem.query(problem.t[0]).backward()
     assert found.relative_error < 1e-6 and found.settled
     assert abs(found.finite_difference[1]) > 1e-2
 
@@ -294,13 +295,17 @@ def test_an_exception_inside_a_task_restores_everything(moment, head_only):
     assert problem.optimizer._task is None and problem.optimizer._tasks_done == 0
     with problem.optimizer.task():
         problem.adapt(problem.tasks[0], 1)
+        problem.query(*problem.tasks[1]).backward()
 
 
 def test_buffers_per_task_or_shared_and_test_time_adaptation():
     problem = FewShot()
     norm = problem.features[1]
     before = norm.running_mean.clone()
-    with problem.optimizer.task():
+    warns = pytest.warns(
+        tb.NoOuterStepWarning, match="2 recorded inner steps.*record=False"
+    )
+    with warns, problem.optimizer.task():
         problem.adapt(problem.tasks[0], 2)
         assert not torch.equal(norm.running_mean, before)
     assert torch.equal(norm.running_mean, before) and norm.num_batches_tracked == 0
@@ -495,4 +500,37 @@ def test_an_inner_step_of_anil_does_not_reach_the_features():
         with problem.optimizer.task():
             problem.adapt(problem.tasks[0], 1)
             grads = [p.grad for p in problem.features.parameters()]
+            problem.query(*problem.tasks[1]).backward()
             assert all((g is None) == head_only for g in grads)
+
+
+def test_resume_between_the_tasks_of_one_outer_step():
+    def task(problem, i):
+        with problem.optimizer.task():
+            problem.adapt(i, 3)
+            problem.query(problem.t[i]).backward()
+
+    whole, half, again = QuadraticTasks(), QuadraticTasks(), QuadraticTasks()
+    for i in range(3):
+        task(whole, i)
+    for i in range(2):
+        task(half, i)
+    again.optimizer.load_state_dict(half.optimizer.state_dict())
+    task(again, 2)
+    for problem in (whole, again):
+        problem.optimizer.outer_step()
+    assert torch.equal(whole.w, again.w)
+
+
+def test_dropping_the_outer_gradients_drops_the_tasks():
+    problem = QuadraticTasks()
+    w = problem.w.detach().clone()
+    for i in range(3):
+        if i == 2:
+            problem.optimizer.outer.zero_grad()
+        with problem.optimizer.task():
+            problem.adapt(i, 2)
+            problem.query(problem.t[i]).backward()
+    exact = problem.exact(2, 2)
+    problem.optimizer.outer_step()
+    torch.testing.assert_close(problem.w.detach(), w - 0.5 * exact)

@@ -102,7 +102,7 @@ class Unrolled(Estimator):
         )
         numbers = [record.index for record in back.steps]
         calls = [call for record in steps for call in record.calls]
-        check_mismatch(situation.problem, back.mismatch, numbers, calls)
+        check_mismatch(situation.problem, back.mismatch, numbers, calls, back.rounding)
         return Estimate(
             gradient=outer.outer
             + back.outer

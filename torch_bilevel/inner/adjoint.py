@@ -11,13 +11,14 @@ no memory to speak of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._vector import Layout
+from ..errors import ReplayMismatch
 from .rule import Hyper, State, UpdateRule
 
 PIECE = 2**16  # entries
@@ -85,7 +86,7 @@ def pull_back(
             for key, v in state.items()
         }
         with torch.enable_grad():
-            new_value, new_state = rule.step(y, g, s, hyper)
+            new_value, new_state = taken(rule, y, g, s, hyper, state_bar)
         # Copies, for autograd may hand a weight through, into what is written below.
         pairs = [(new_value, value_bar)]
         pairs += [(new_state[key], bar) for key, bar in state_bar.items()]
@@ -116,6 +117,34 @@ def pull_back(
             _put(before[key], piece, bar)
         norms.append(step_norms(new_value.detach(), _cut(following, piece), y.detach()))
     return before, norms
+
+
+def taken(
+    rule: UpdateRule,
+    value: Tensor,
+    gradient: Tensor,
+    state: State,
+    hyper: Hyper,
+    keys: Iterable[str],
+) -> tuple[Tensor, State]:
+    """What a rule returns, which may be the user's own.
+
+    Raises:
+        ReplayMismatch: it is not a parameter and a state with the given keys.
+    """
+    result = rule.step(value, gradient, state, hyper)
+    name = f"The update rule of {rule.optimizer.__name__}"
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ReplayMismatch(
+            f"{name} returned {type(result).__name__}; it must return (parameter, state)."
+        )
+    missing = [key for key in keys if key not in result[1]]
+    if missing:
+        raise ReplayMismatch(
+            f"{name} returned a state without {', '.join(map(repr, missing))}, which the optimizer "
+            "has after its step. Return every entry: {**state, ...}."
+        )
+    return result
 
 
 def _pieces(

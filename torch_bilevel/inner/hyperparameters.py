@@ -9,6 +9,7 @@ groups; replay evaluates it again, with a graph, and carries the adjoint of h_k 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,8 @@ class Hyperparameters:
         with torch.no_grad():
             for values, group in zip(self.at(position, groups), groups, strict=True):
                 for key, value in values.items():
+                    if not _finite(value):
+                        self._refuse(f"set {key!r} to {_numbers(value)}", groups)
                     if isinstance(group[key], Tensor):
                         group[key] = group[key].new_tensor(float(value))
                     else:
@@ -141,6 +144,12 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_numbers(item) for item in value)
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_finite, value))
+    return not isinstance(value, (float, Tensor)) or math.isfinite(value)
 
 
 def _fits(value: Any, present: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, estimators
-from ..errors import LossNotRegistered, NoOuterStepWarning
+from ..errors import LossNotRegistered, NoInnerStep, NoOuterStepWarning
 from ..estimators import Estimator, EstimatorMemory, Situation
 from ..inner import verify
 from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
@@ -180,8 +180,12 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         Returns:
             The report, which prints as one line.
         """
-        if self._tasks_done and not (args or kwargs):
-            return self._step_over_tasks()
+        if not (args or kwargs):
+            self._forget_spent_tasks()
+            if self._tasks_done:
+                return self._step_over_tasks()
+            self._outer_leaves()
+        self._before_outer_step()
         self.hypergradient(*args, **kwargs)
         self.outer.step()
         assert self.last_report is not None
@@ -231,6 +235,12 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         """One hypergradient; keeps its report and, for the warm start, its adjoint."""
         self._recorder.thaw()
         self._outer_leaves()  # an initialisation needs a task
+        if self._task is not None and not self._task.record:
+            raise NoInnerStep(
+                "The outer loss was to be differentiated inside optimizer.task(record=False), "
+                "which records nothing. Evaluate it under torch.no_grad() there, or leave "
+                "record=False out."
+            )
         if not self.inner_losses:
             raise LossNotRegistered(
                 "No inner loss is registered. Decorate the training loss with "

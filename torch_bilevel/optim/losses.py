@@ -135,7 +135,7 @@ class Run:
             raise StalePoint(
                 f"The inner or outer parameters moved between {self.loss.name}(...) and its "
                 "backward(). Evaluate the outer loss and back-propagate it without a step in "
-                "between."
+                "between; the end of a task moves them back, so call backward() inside it."
             )
         return self.owner._estimate([(self.call, 1.0)], (self.loss.name,), [self.value])
 

@@ -45,6 +45,10 @@ def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
         "inner_steps": recorder.epoch,
         "position": recorder.position,
         "tasks": [optimizer._tasks_done, optimizer._tasks_begun],
+        "outer_gradients": [  # of the tasks since the last outer step
+            _clone(t.grad) if optimizer._tasks_done else None
+            for t in optimizer.problem.outer.tensors
+        ],
         "memories": [
             {
                 "losses": list(names),
@@ -97,6 +101,9 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     recorder.epoch = saved["inner_steps"]
     recorder.position = saved["position"]
     optimizer._tasks_done, optimizer._tasks_begun = saved["tasks"]
+    if optimizer._tasks_done:
+        for tensor, gradient in zip(tensors, saved["outer_gradients"], strict=True):
+            tensor.grad = _clone(gradient)
     recorder.verify_next, recorder.to_verify = True, None
     optimizer.outer_steps = saved["outer_steps"]
     optimizer._adjoints.clear()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import BilevelError
+from ..errors import BilevelError, NoOuterStepWarning
 from ..inner import fresh_state
 from ..problem import BilevelProblem
 from .report import Report
@@ -100,10 +100,16 @@ class TaskLoop:
             raise BilevelError(
                 f"{', '.join(both[:4])} {'is' if len(both) == 1 else 'are'} in both the inner and "
                 "the outer optimizer: an initialisation, whose hypergradient is that of its value "
-                "when a task began. Take the inner steps and the outer loss inside `with "
-                "optimizer.task():`, or leave the parameter out of one of the two optimizers."
+                "when a task began. Take the inner steps and back-propagate the outer loss inside "
+                "`with optimizer.task():` (no task since the last outer step has), or leave the "
+                "parameter out of one of the two optimizers."
             )
         return self.problem.outer.tensors
+
+    def _forget_spent_tasks(self) -> None:
+        """Start counting anew when the user dropped the gradients (``outer.zero_grad()``)."""
+        if all(tensor.grad is None for tensor in self.problem.outer.tensors):
+            self._tasks_done = 0
 
     def _before_outer_step(self, *_: Any) -> None:
         if self._task is not None:
@@ -115,6 +121,7 @@ class TaskLoop:
 
     def _step_over_tasks(self) -> Report:
         """Step along the mean over the tasks; the gradients are spent."""
+        self._before_outer_step()
         tensors = self.problem.outer.tensors
         for tensor in tensors:
             if tensor.grad is not None:
@@ -122,8 +129,7 @@ class TaskLoop:
         self.outer.step()
         for tensor in tensors:
             tensor.grad = None
-        assert self.last_report is not None
-        return self.last_report
+        return self.last_report  # type: ignore[return-value]
 
 
 def require_initialisations(owner: BilevelOptimizer, features: bool) -> None:
@@ -179,11 +185,13 @@ class Task:
                 "A task is open already; tasks cannot be nested. Leave the first `with "
                 "optimizer.task():` block before the next begins."
             )
+        owner._forget_spent_tasks()
         inner, outer = problem.inner.tensors, problem.outer.tensors
         self.leaves = [
             t.detach().clone().requires_grad_() if direct is None else t
             for t, direct in zip(outer, problem.direct, strict=True)
         ]
+        owner._step_report = None
         # What is entered first is undone last.
         self._undo.enter_context(_attributes(owner, _task=self))
         self._outer_grads = [tensor.grad for tensor in outer]
@@ -227,10 +235,19 @@ class Task:
         owner = self.owner
         found = [leaf.grad for leaf in self.leaves] if kind is None else []
         owner._recorder.thaw()
-        report = owner._step_report
+        report, steps = owner._step_report, owner._recorder.window.count
         self._undo.close()
         if kind is not None:
             return
+        if steps and report is None:
+            owner._warn_once(
+                NoOuterStepWarning,
+                f"A task ended after {steps} recorded inner steps, and no registered outer loss "
+                "was back-propagated inside it, so nothing is learned from it. Call "
+                "query_loss(...).backward() of the function registered with "
+                "@optimizer.outer_loss inside the task, or adapt with "
+                "optimizer.task(record=False).",
+            )
         outer = owner.problem.outer.tensors
         for tensor, before, part in zip(outer, self._outer_grads, found, strict=True):
             if part is not None:
