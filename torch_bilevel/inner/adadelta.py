@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, addcmul, is_on, number, root
+from .arithmetic import add, addcmul, decayed, number, root
 from .rule import Hyper, State, UpdateRule, l2_stationarity
 
 
@@ -28,11 +28,8 @@ def adadelta(
         y_{k+1} and the next state.
     """
     rho, eps = number(hyper["rho"]), hyper["eps"]
-    decay = number(hyper["weight_decay"])
     zero = torch.zeros_like(parameter)
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     v = addcmul(state.get("square_avg", zero) * rho, g, g, value=1 - rho)
     u = state.get("acc_delta", zero)
     d = root(u + eps) / root(v + eps) * g  # ε may be 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, addcdiv, addcmul, is_on, number, root
+from .arithmetic import addcdiv, addcmul, decayed, number, root
 from .rule import Hyper, State, UpdateRule, l2_stationarity
 
 
@@ -31,11 +31,8 @@ def adagrad(
         y_{k+1} and the next state.
     """
     lr = hyper["lr"]  # a float32 tensor stays one, for torch rounds in it too
-    decay = number(hyper["weight_decay"])
     before = float(state.get("step", 0.0))
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     v = state.get("sum")
     if v is None:
         v = torch.full_like(parameter, hyper["initial_accumulator_value"])

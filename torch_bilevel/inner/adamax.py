@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, addcdiv, is_on, lerp, number
+from .arithmetic import addcdiv, decayed, lerp, number
 from .rule import Hyper, State, UpdateRule, l2_stationarity
 
 
@@ -31,12 +31,9 @@ def adamax(
     """
     lr = hyper["lr"]  # a float32 tensor stays one, for torch rounds in it too
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
-    decay = number(hyper["weight_decay"])
     step = float(state.get("step", 0.0)) + 1
     zero = torch.zeros_like(parameter)
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     m = lerp(state.get("exp_avg", zero), g, 1 - beta1)
     u = torch.maximum(state.get("exp_inf", zero) * beta2, g.abs() + hyper["eps"])
     state = {**state, "step": step, "exp_avg": m, "exp_inf": u}

@@ -6,6 +6,9 @@ A hyperparameter that is to be differentiated is a tensor; the formula is then w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,3 +55,27 @@ def root(v: Tensor) -> Tensor:
     """√v with derivative 0 where v = 0 (a coordinate that never had a gradient)."""
     zero = v == 0
     return torch.where(zero, v, torch.where(zero, torch.ones_like(v), v).sqrt())
+
+
+def decayed(
+    parameter: Tensor, gradient: Tensor, hyper: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The head of most rules: maximisation and weight decay of both kinds.
+
+    g ← ±g + wd·y,  or  y ← (1 − lr·wd)·y  with ``decoupled_weight_decay``.
+
+    Args:
+        parameter: y_k.
+        gradient: the gradient the step consumes.
+        hyper: ``maximize``, ``weight_decay``, ``lr``, perhaps ``decoupled_weight_decay``.
+
+    Returns:
+        y and g.
+    """
+    decay = number(hyper["weight_decay"])
+    g = -gradient if hyper["maximize"] else gradient
+    if not is_on(decay):
+        return parameter, g
+    if hyper.get("decoupled_weight_decay"):
+        return parameter * number(1 - hyper["lr"] * decay), g
+    return parameter, add(g, parameter, alpha=decay)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, is_on, number
+from .arithmetic import add, decayed, number
 from .rule import Hyper, State, Stationarity, UpdateRule, l2_stationarity
 
 
@@ -29,13 +29,11 @@ def asgd(
         y_{k+1} and the next state.
     """
     lr = hyper["lr"]  # a tensor stays one, for torch raises it to the power as a tensor
-    lambd, decay = number(hyper["lambd"]), number(hyper["weight_decay"])
+    lambd = number(hyper["lambd"])
     step = float(state.get("step", 0.0)) + 1
     eta = state.get("eta", _scalar(lr, parameter))
     mu = state.get("mu", _scalar(1.0, parameter))
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     rate = number(eta)
     y = add(parameter * (1 - lambd * rate), g, alpha=-rate)
     ax = state.get("ax")

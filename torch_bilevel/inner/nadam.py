@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adam import adam_stationarity
-from .arithmetic import Scalar, add, addcdiv, addcmul, is_on, lerp, number, root
+from .arithmetic import Scalar, addcdiv, addcmul, decayed, lerp, number, root
 from .rule import Hyper, State, UpdateRule
 
 
@@ -37,15 +37,9 @@ def nadam(
     """
     lr = hyper["lr"]  # a float32 tensor stays one, for torch rounds in it too
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
-    decay = number(hyper["weight_decay"])
     step = float(state.get("step", 0.0)) + 1
     zero = torch.zeros_like(parameter)
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        if hyper["decoupled_weight_decay"]:
-            parameter = parameter * number(1 - lr * decay)
-        else:
-            g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     m = lerp(state.get("exp_avg", zero), g, 1 - beta1)
     v = addcmul(state.get("exp_avg_sq", zero) * beta2, g, g, value=1 - beta2)
     mu, mu_next = (_mu(t, beta1, hyper) for t in (step, step + 1))

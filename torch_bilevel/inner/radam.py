@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import Scalar, add, addcmul, is_on, lerp, number, root
+from .arithmetic import Scalar, addcmul, decayed, is_on, lerp, number, root
 from .rule import Hyper, State, Stationarity, UpdateRule, l2_stationarity
 
 
@@ -35,15 +35,9 @@ def radam(
     """
     lr = hyper["lr"]
     beta1, beta2 = (number(beta) for beta in hyper["betas"])
-    decay = number(hyper["weight_decay"])
     step = float(state.get("step", 0.0)) + 1
     zero = torch.zeros_like(parameter)
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        if hyper["decoupled_weight_decay"]:
-            parameter = parameter * number(1 - lr * decay)
-        else:
-            g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     m = lerp(state.get("exp_avg", zero), g, 1 - beta1)
     v = addcmul(state.get("exp_avg_sq", zero) * beta2, g, g, value=1 - beta2)
     state = {**state, "step": step, "exp_avg": m, "exp_avg_sq": v}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, addcdiv, addcmul, is_on, lerp, number, root
+from .arithmetic import add, addcdiv, addcmul, decayed, is_on, lerp, number, root
 from .rule import Hyper, State, UpdateRule, l2_stationarity
 
 
@@ -32,11 +32,9 @@ def rmsprop(
         y_{k+1} and the next state.
     """
     lr, alpha = number(hyper["lr"]), number(hyper["alpha"])
-    momentum, decay = number(hyper["momentum"]), number(hyper["weight_decay"])
+    momentum = number(hyper["momentum"])
     zero = torch.zeros_like(parameter)
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        g = add(g, parameter, alpha=decay)
+    parameter, g = decayed(parameter, gradient, hyper)
     v = addcmul(state.get("square_avg", zero) * alpha, g, g, value=1 - alpha)
     state = {**state, "step": float(state.get("step", 0.0)) + 1, "square_avg": v}
     if hyper["centered"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, is_on, number
+from .arithmetic import add, decayed, is_on, number
 from .rule import Hyper, State, UpdateRule, l2_stationarity
 
 
@@ -27,10 +27,8 @@ def sgd(
     Returns:
         y_{k+1} and the next state.
     """
-    momentum, decay = number(hyper["momentum"]), number(hyper["weight_decay"])
-    g = -gradient if hyper["maximize"] else gradient
-    if is_on(decay):
-        g = add(g, parameter, alpha=decay)
+    momentum = number(hyper["momentum"])
+    parameter, g = decayed(parameter, gradient, hyper)
     if is_on(momentum):
         buffer = state.get("momentum_buffer")
         # torch detaches its first buffer even when asked to be differentiable; this one is g.
