@@ -68,8 +68,7 @@ class Following(abc.ABC):
                 f"follows no tangents, so {self} has nothing to go by. Set optimizer.estimator = "
                 f"{str(self)!r} before the steps it is to differentiate."
             )
-        calls = situation.window.records[-1].calls
-        check_mismatch(situation.problem, tangents.mismatch, tangents.numbers, calls)
+        check_mismatch(tangents.mismatch, tangents.numbers, tangents.bounds)
         along = tangents.values @ outer.inner
         indirect = self.assemble(tangents.directions, along.to(outer.outer))
         return Estimate(

@@ -17,7 +17,7 @@ import torch
 from .. import _checks
 from .._registry import changed, describe
 from ..errors import NoInnerStep
-from ..inner import Window, check_mismatch, reverse
+from ..inner import Window, check_mismatch, reverse, tolerance
 from ..problem import OuterGradients
 from .base import Estimate, Estimator, Situation, rules_of
 
@@ -101,8 +101,8 @@ class Unrolled(Estimator):
             outer.inner,
         )
         numbers = [record.index for record in back.steps]
-        calls = [call for record in steps for call in record.calls]
-        check_mismatch(situation.problem, back.mismatch, numbers, calls, back.rounding)
+        bounds = [tolerance(situation.problem, record.calls) for record in back.steps]
+        check_mismatch(back.mismatch, numbers, bounds, back.rounding)
         return Estimate(
             gradient=outer.outer
             + back.outer

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ..errors import OpaqueStep, ReplayMismatch
-from ..problem import BilevelProblem, WeightedCall
+from ..problem import BilevelProblem
 from .adjoint import Adjoint, mismatch, pull_back
 from .hyperparameters import HyperAdjoint, groups_of
 from .loop import Loop
 from .pool import Pool
 from .rule import Hyper, UpdateRule
 from .trajectory import StepRecord, copy_states, tensors_of
-from .verification import consumed, tolerance
+from .verification import consumed
 
 States = list[dict[str, Any]]
 
@@ -61,19 +61,17 @@ class Reversed:
 
 
 def check_mismatch(
-    problem: BilevelProblem,
     errors: Sequence[Tensor],
     numbers: Sequence[int],
-    calls: Sequence[WeightedCall],
+    bounds: Sequence[float],
     rounding: Callable[[int], float] = lambda step: 0.0,
 ) -> None:
     """Refuse if a rule did not reproduce a recorded step.
 
     Args:
-        problem: for the tolerance.
         errors: per step, how far the rule is from what the optimizer did.
         numbers: of the steps in the window.
-        calls: of a step, for what it was computed in.
+        bounds: per step, how far it may be: the `tolerance` of what it was computed in.
         rounding: how far rounding of the gradient moves the i-th of these steps, relative to it;
             asked where an error exceeds the tolerance.
 
@@ -84,8 +82,9 @@ def check_mismatch(
         return
     device = errors[0].device
     found = torch.stack([error.to(device) for error in errors]).tolist()
-    bound = tolerance(problem, calls)
-    for index, (error, number) in enumerate(zip(found, numbers, strict=True)):
+    for index, (error, number, bound) in enumerate(
+        zip(found, numbers, bounds, strict=True)
+    ):
         # Adam divides by |g|: near a minimum it magnifies the rounding of a tiny gradient.
         if not error <= bound and not error <= 64 * rounding(index):
             raise ReplayMismatch(

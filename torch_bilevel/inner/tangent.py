@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..errors import OpaqueStep
 from ..problem import BilevelProblem
-from .adjoint import differentiable, leaf, mismatch, step_norms
+from .adjoint import differentiable, leaf, mismatch, step_norms, taken
 from .hyperparameters import HyperAdjoint
 from .loop import Loop
 from .pool import Pool
 from .replay import Stepper
 from .rule import UpdateRule
 from .trajectory import StepRecord
-from .verification import consumed
+from .verification import consumed, tolerance
 
 
 class Tangents:
@@ -41,6 +41,7 @@ class Tangents:
         reached: per outer tensor, whether any step depends on it.
         mismatch: how far each step's rule is from what the optimizer did.
         numbers: the numbers of those steps in the window.
+        bounds: how far they may be, by what each was computed in.
         steps: how many inner steps they were taken through.
     """
 
@@ -52,7 +53,12 @@ class Tangents:
         self.reached = [tensor is None for tensor in problem.direct]
         self.mismatch: list[Tensor] = []
         self.numbers: list[int] = []
+        self.bounds: list[float] = []
         self.steps = 0
+
+    def forget_mismatch(self) -> None:
+        """The steps so far were checked, or belong to a window that is closed."""
+        self.mismatch, self.numbers, self.bounds = [], [], []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, in plain types and tensors."""
@@ -66,6 +72,7 @@ class Tangents:
             "reached": list(self.reached),
             "mismatch": [error.clone() for error in self.mismatch],
             "numbers": list(self.numbers),
+            "bounds": list(self.bounds),
             "steps": self.steps,
         }
 
@@ -82,6 +89,7 @@ class Tangents:
             for state in saved["states"]
         ]
         self.reached, self.numbers = list(saved["reached"]), list(saved["numbers"])
+        self.bounds = list(saved["bounds"])
         self.mismatch = [error.to(device) for error in saved["mismatch"]]
         self.steps = saved["steps"]
         return self
@@ -122,7 +130,8 @@ class Tangents:
         gradients = torch.stack(moved)  # Ġ, a row for each direction
         hyper = stepper.hyper(record)
         raw = [None if g is None else g.detach() for g in at.parts]
-        used, dots = _transformed(problem, record, point.values, raw, gradients, loop)
+        used = loop.consumed(raw, record.present(), point.values)
+        dots = _transformed(problem, record, point.values, raw, gradients, loop)
         if loop.proximal is not None:  # λ (y − a) was added to the gradient
             drift = self.values - problem.to_initial(self.directions)
             rows = torch.split(drift, problem.inner.layout.sizes, dim=1)
@@ -130,7 +139,6 @@ class Tangents:
                 torch.add(dot, row, alpha=loop.proximal.weight)
                 for dot, row in zip(dots, rows, strict=True)
             ]
-            used = loop.consumed(raw, record.present(), point.values)
         hyper_dots, hyper_reached = _hyper_tangents(problem, hyper, self.directions)
         norms = []
         pieces = torch.split(self.values, problem.inner.layout.sizes, dim=1)
@@ -150,6 +158,7 @@ class Tangents:
         if norms:
             self.mismatch.append(mismatch(norms, eps))
             self.numbers.append(record.index)
+            self.bounds.append(tolerance(problem, record.calls))
         self.steps += 1
         self.reached = [
             a or b or c
@@ -169,9 +178,6 @@ def push_forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Jacobian-vector products of one parameter's rule, for all directions; ẏ in place.
 
-    A vector-Jacobian product is linear in its vector; differentiating it once more gives the
-    Jacobian-vector product from reverse mode alone.
-
     Args:
         rule: the update rule.
         hyper: the hyperparameters.
@@ -188,44 +194,68 @@ def push_forward(
     y, g = leaf(value, dtype), leaf(gradient, dtype)
     s = {k: leaf(v, dtype) if differentiable(k, v) else v for k, v in state.items()}
     with torch.enable_grad():
-        new_value, new_state = rule.step(y, g, s, hyper)
-        outputs = {"": new_value}
-        outputs |= {k: v for k, v in new_state.items() if differentiable(k, v)}
-        live = {k: v for k, v in outputs.items() if v.requires_grad}
-        probes = [torch.zeros_like(v, requires_grad=True) for v in live.values()]
-        names = [key for key in s if differentiable(key, s[key])]
-        found = torch.autograd.grad(
-            list(live.values()),
-            [y, g, *hyper_leaves, *(s[key] for key in names)],
-            probes,
-            create_graph=True,
-            allow_unused=True,
-        )
+        new_value, new_state = taken(rule, y, g, s, hyper, s_dot)
+    names = [key for key in s if differentiable(key, s[key])]
     dots = [z, g_dot, *hyper_dots]
     dots += [
         s_dot[k] if k in s_dot else z.new_zeros(len(z), state[k].numel()) for k in names
     ]
+    kept = {k: v for k, v in new_state.items() if differentiable(k, v)}
+    moved, *others = _jacobian_products(
+        [new_value, *kept.values()],
+        [y, g, *hyper_leaves, *(s[key] for key in names)],
+        dots,
+    )
+    z.copy_(moved)
+    return new_value.detach(), dict(zip(kept, others, strict=True))
+
+
+def _jacobian_products(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], dots: Sequence[Tensor]
+) -> list[Tensor]:
+    """Jacobian-vector products for all directions, from reverse mode alone.
+
+    A vector-Jacobian product is linear in its vector; differentiating it once more gives the
+    Jacobian-vector product.
+
+    Args:
+        outputs: with the graph from the inputs; without a graph, their products are zero.
+        inputs: leaves.
+        dots: per input its tangents, a row for each direction.
+
+    Returns:
+        Per output, its tangents, a row for each direction.
+    """
+    rows = [dots[0].new_zeros(len(dots[0]), output.numel()) for output in outputs]
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not live:
+        return rows
+    with torch.enable_grad():
+        probes = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
+        found = torch.autograd.grad(
+            [outputs[i] for i in live],
+            inputs,
+            probes,
+            create_graph=True,
+            allow_unused=True,
+        )
     pairs = [
         (part, dot)
         for part, dot in zip(found, dots, strict=True)
         if part is not None and part.requires_grad
     ]
-    rows = {k: z.new_zeros(len(z), v.numel()) for k, v in outputs.items()}
-    for i in range(len(z)):
-        if not pairs:
-            break
+    for direction in range(len(dots[0]) if pairs else 0):
         moved = torch.autograd.grad(
             [part for part, _ in pairs],
             probes,
-            [dot[i].reshape(part.shape).to(part) for part, dot in pairs],
+            [dot[direction].reshape(part.shape).to(part) for part, dot in pairs],
             retain_graph=True,
             allow_unused=True,
         )
-        for key, part in zip(live, moved, strict=True):
+        for i, part in zip(live, moved, strict=True):
             if part is not None:
-                rows[key][i] = part.reshape(-1)
-    z.copy_(rows.pop(""))
-    return new_value.detach(), rows
+                rows[i][direction] = part.reshape(-1)
+    return rows
 
 
 def _transformed(
@@ -235,41 +265,25 @@ def _transformed(
     raw: Sequence[Tensor | None],
     dots: Tensor,
     loop: Loop,
-) -> tuple[list[Tensor | None], list[Tensor]]:
-    """The gradients the step consumed and their tangents, through the loop's transform."""
-    dtype = problem.inner.layout.dtype
+) -> list[Tensor]:
+    """Tangents of the gradients, through the loop's transform."""
     pieces = list(torch.split(dots, problem.inner.layout.sizes, dim=1))
     if loop.transform is None:
-        return consumed(raw, record.present(), values, None), pieces
-    leaves = [None if g is None else leaf(g, dtype) for g in raw]
+        return pieces
+    leaves = [None if g is None else leaf(g, dots.dtype) for g in raw]
     with torch.enable_grad():
         used = consumed(leaves, record.present(), values, loop.transform)
-        live = [i for i, u in enumerate(used) if u is not None and u.requires_grad]
-        probes = [torch.zeros_like(used[i], requires_grad=True) for i in live]  # type: ignore
-        inputs = [i for i, g in enumerate(leaves) if g is not None]
-        found = torch.autograd.grad(
-            [used[i] for i in live],  # type: ignore[misc]
-            [leaves[i] for i in inputs],  # type: ignore[misc]
-            probes,
-            create_graph=True,
-            allow_unused=True,
-        )
-    pairs = [
-        (part, i) for part, i in zip(found, inputs, strict=True) if part is not None
-    ]
+    inputs = [i for i, g in enumerate(leaves) if g is not None]
+    outputs = [i for i, u in enumerate(used) if u is not None]
+    found = _jacobian_products(
+        [used[i] for i in outputs],  # type: ignore[misc]
+        [leaves[i] for i in inputs],  # type: ignore[misc]
+        [pieces[i] for i in inputs],
+    )
     result = [torch.zeros_like(piece) for piece in pieces]
-    for row in range(len(dots)):
-        moved = torch.autograd.grad(
-            [part for part, _ in pairs],
-            probes,
-            [pieces[i][row].reshape(part.shape) for part, i in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for i, part in zip(live, moved, strict=True):
-            if part is not None:
-                result[i][row] = part.reshape(-1)
-    return [None if u is None else u.detach() for u in used], result
+    for i, rows in zip(outputs, found, strict=True):
+        result[i] = rows
+    return result
 
 
 def _hyper_tangents(

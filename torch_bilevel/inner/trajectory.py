@@ -256,7 +256,7 @@ class Window:
         if restart or not self.carry:
             self.tangents = None
         elif self.tangents is not None:
-            self.tangents.mismatch, self.tangents.numbers = [], []
+            self.tangents.forget_mismatch()
         self.number += 1
         while self.records:
             self._release(self.records.popleft())
