@@ -50,6 +50,13 @@ class Layout:
         ]
         return torch.cat(flat) if flat else self.zeros()
 
+    def add(self, vector: Tensor, parts: Sequence[Tensor | None]) -> None:
+        """Add the parts to a vector in place; a missing part is zero."""
+        pieces = torch.split(vector, self.sizes)
+        for piece, part in zip(pieces, parts, strict=True):
+            if part is not None:
+                piece += part.reshape(-1).to(self.device, self.dtype)
+
     def split(self, vector: Tensor) -> list[Tensor]:
         """The vector as parts of the recorded shapes, dtypes and devices."""
         pieces = torch.split(vector, self.sizes)

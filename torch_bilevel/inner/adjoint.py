@@ -37,8 +37,18 @@ class Adjoint:
         self.layout = layout
         self.values = values.clone()
         self.gradient = torch.zeros_like(values)
-        self.anchor = torch.zeros_like(values)
+        self.anchor: Tensor | None = None
         self.states: list[dict[str, Tensor]] = [{} for _ in layout.sizes]
+
+    def pull_anchor(self, alpha: float) -> None:
+        """Add the gradient's adjoint to that of what a proximal term pulls to."""
+        if self.anchor is None:
+            self.anchor = torch.zeros_like(self.values)
+        self.anchor.add_(self.gradient, alpha=alpha)
+
+    def initial(self) -> Tensor:
+        """What reached the first iterate: directly, and as what a proximal term pulls to."""
+        return self.values if self.anchor is None else self.values + self.anchor
 
     def parts(self, vector: Tensor) -> Sequence[Tensor]:
         """Flat views of a vector, one per parameter."""

@@ -22,8 +22,8 @@ from .adjoint import differentiable, leaf, mismatch, step_norms, taken
 from .hyperparameters import HyperAdjoint
 from .loop import Loop
 from .pool import Pool
-from .replay import Stepper
 from .rule import UpdateRule
+from .stepper import Stepper
 from .trajectory import StepRecord
 from .verification import consumed, tolerance
 
@@ -119,7 +119,7 @@ class Tangents:
                 "such as 'cg', which uses the last evaluation."
             )
         stepper = Stepper(problem, rules, loop, Pool())
-        point = stepper.forward([record])[0]
+        point = stepper.start(record)
         with problem.inner.swapped() as following:
             problem.inner.overwrite(point.values)
             at = problem.linearize(record.calls, outer=True)

@@ -9,6 +9,7 @@ Estimators that need no trajectory keep only the calls (references to batches).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,9 +108,9 @@ class Window:
         last: how many steps to keep; None keeps all.
         iterates: copy parameters and optimizer state before the steps.
         checkpoint_every: copy them before every c-th step only; ``"auto"`` doubles c, and drops
-            every other copy, whenever more than 2 c are kept: at most about 2.1 √K in all.
-        iterate_bytes: limit on the copies and on those a segment needs when it is stepped
-            through again; c is doubled to keep it.
+            every other copy, whenever more than 2 c are kept: at most about 1.4 √K.
+        iterate_bytes: limit on the copies and on the about √c that exist of a segment when it is
+            stepped through again; c is doubled to keep it.
         offload: device for the iterates, such as ``"cpu"``.
         carry: keep the tangents when the window is cleared after an outer step.
         max_bytes: limit on what is recorded; None takes half of the free memory.
@@ -184,11 +185,13 @@ class Window:
             for t in tensors_of(newest.values(), newest.states())
         )
 
+        def needed() -> int:  # the last point's values outlive it a little
+            return (len(kept) + math.isqrt(self.interval) + 1) * size
+
         def too_many() -> bool:
-            over = self.iterate_bytes is not None and (
-                (len(kept) + self.interval) * size > self.iterate_bytes
-            )
-            return (self.auto or over) and len(kept) > 2 * self.interval
+            if self.iterate_bytes is not None and needed() > self.iterate_bytes:
+                return len(kept) > 1 + math.isqrt(self.interval)
+            return self.auto and len(kept) > 2 * self.interval
 
         while too_many():
             self.interval *= 2
@@ -197,14 +200,14 @@ class Window:
             for record in drop:
                 self._release(record)
             kept = [record for record in kept if record.has_iterate]
-        needed = (len(kept) + self.interval) * size
-        if self.iterate_bytes is not None and needed > self.iterate_bytes:
+        if self.iterate_bytes is not None and needed() > self.iterate_bytes:
             raise TrajectoryTooLong(
                 f"{len(self)} inner steps are recorded since the last outer step. Keeping "
-                f"{len(kept)} iterates and stepping through {self.interval} again needs "
-                f"{needed / 2**20:,.1f} MiB (an iterate is {size / 2**20:,.2f} MiB), more than "
-                f"iterate_bytes = {self.iterate_bytes / 2**20:,.1f} MiB. Take an outer step more "
-                "often, differentiate fewer steps (window=), or raise iterate_bytes."
+                f"{len(kept)} iterates and stepping through the {self.interval} steps between "
+                f"them again needs {needed() / 2**20:,.1f} MiB (an iterate is "
+                f"{size / 2**20:,.2f} MiB), more than iterate_bytes = "
+                f"{self.iterate_bytes / 2**20:,.1f} MiB. Take an outer step more often, "
+                "differentiate fewer steps (window=), or raise iterate_bytes."
             )
 
     def _check_memory(self) -> None:

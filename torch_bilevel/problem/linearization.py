@@ -63,14 +63,18 @@ class Linearization:
         """J v = ∂_x⟨∇_y g, v⟩, flat, of the outer layout."""
         return self._product(v, inner=False, outer=True)[1]
 
-    def joint(self, v: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
-        """(H v, J v) from one backward pass.
+    def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(H v, J v) from one backward pass, flat."""
+        return self._product(v, inner=True, outer=True)
 
-        Args:
-            v: flat, of the inner layout.
-            last: no product follows, so the graph is freed as the pass goes.
+    def add_joint(self, v: Tensor, inner: Tensor, outer: Tensor) -> None:
+        """Add H v to ``inner`` and J v to ``outer``, both flat, in place.
+
+        It is the last product: the graph is freed as the pass goes.
         """
-        return self._product(v, inner=True, outer=True, last=last)
+        to_inner, to_outer = self._parts(v, inner=True, outer=True, last=True)
+        self.problem.inner.layout.add(inner, to_inner)
+        self.problem.outer.layout.add(outer, to_outer)
 
     @property
     def outer_reached(self) -> list[bool]:
@@ -115,14 +119,22 @@ class Linearization:
                 "moved since problem.linearize(...). Linearise again at the present point."
             )
 
-    def _product(
+    def _product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+        to_inner, to_outer = self._parts(v, inner, outer)
+        problem = self.problem
+        return (
+            problem.inner.layout.flatten(to_inner) if inner else v.new_empty(0),
+            problem.outer.layout.flatten(to_outer) if outer else v.new_empty(0),
+        )
+
+    def _parts(
         self, v: Tensor, inner: bool, outer: bool, last: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         self._check()
         problem = self.problem
         problem.num_products += 1
-        to_inner = [None] * len(problem.inner.tensors)
-        to_outer = [None] * len(problem.outer.tensors)
+        to_inner: list[Tensor | None] = [None] * len(problem.inner.tensors)
+        to_outer: list[Tensor | None] = [None] * len(problem.outer.tensors)
         if self._live:
             weights = problem.inner.layout.split(v)
             found = gradients(
@@ -137,7 +149,4 @@ class Linearization:
             known or part is not None
             for known, part in zip(self.reached, to_outer, strict=True)
         ]
-        return (
-            problem.inner.layout.flatten(to_inner) if inner else v.new_empty(0),
-            problem.outer.layout.flatten(to_outer) if outer else v.new_empty(0),
-        )
+        return to_inner, to_outer

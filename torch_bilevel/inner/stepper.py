@@ -1,0 +1,286 @@
+"""Recorded steps, taken again: forwards as they were, backwards with adjoints.
+
+Going backwards needs the points in reverse order. From one recorded iterate the n points up to the
+next are made again with room for few of them, by the binomial schedule of Griewank & Walther
+(2000): with c points kept, n ≤ C(c + r, c) steps are reversed by stepping each at most r times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import BilevelProblem
+from .adjoint import Adjoint, mismatch, pull_back
+from .hyperparameters import HyperAdjoint, groups_of
+from .loop import Loop
+from .pool import Pool
+from .rule import Hyper, UpdateRule
+from .trajectory import StepRecord, copy_states, tensors_of
+from .verification import consumed
+
+States = list[dict[str, Any]]
+
+
+@dataclass
+class Point:
+    """Parameters and optimizer state before a step."""
+
+    values: Sequence[Tensor]
+    states: States
+
+
+def split(count: int, room: int) -> int:
+    """Where to keep the next point on the way back over ``count`` steps.
+
+    Args:
+        count: steps to go back over, at least 2.
+        room: points that may be kept besides the first, at least 1.
+
+    Returns:
+        How many steps to take before keeping a point; the choice that takes fewest steps in all.
+    """
+    repeats = 1
+    while math.comb(room + repeats, room) < count:
+        repeats += 1
+    fewest = math.comb(room + repeats - 2, room) if repeats > 1 else 0
+    return max(1, fewest, count - math.comb(room - 1 + repeats, room - 1))
+
+
+class Stepper:
+    """Applies and differentiates the update rules of recorded steps.
+
+    Args:
+        problem: the problem, at whose parameters gradients are evaluated.
+        rules: the update rule of each inner optimizer.
+        loop: what was declared about the loop.
+        pool: where iterates that are stepped through again are kept for a moment.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        rules: Sequence[UpdateRule],
+        loop: Loop,
+        pool: Pool,
+    ):
+        self.problem = problem
+        self.rules = rules
+        self.loop = loop
+        self.pool = pool
+        self._last: Sequence[Tensor] = ()  # values of a point that is done with
+
+    def start(self, record: StepRecord) -> Point:
+        """The recorded point before a step."""
+        # A record may hold its iterate on another device (offload).
+        pairs = zip(record.values(), self.problem.inner.tensors, strict=True)
+        return Point([v.to(p.device) for v, p in pairs], record.states())
+
+    def forward(self, records: Sequence[StepRecord], point: Point) -> Point:
+        """The point after the records, stepped through again from the one before them."""
+        before: Point | None = None
+        for record in records:
+            self.problem.inner.overwrite(point.values)
+            gradients = self.problem.inner_gradients(record.calls)
+            with torch.no_grad():
+                values, states = self.apply(
+                    record, point.values, gradients, point.states
+                )
+            point = Point(self.pool.copy(values), copy_states(states, self.pool))
+            if before is not None:
+                self.pool.give_back(tensors_of(before.values, before.states))
+            before = point
+        return point
+
+    def backward(
+        self, records: Sequence[StepRecord], begin: int, end: int
+    ) -> Iterator[tuple[int, Point]]:
+        """The points before records[end − 1], …, records[begin], which has its iterate.
+
+        At most about √(end − begin) of them exist at a time, for half a gradient a step or one more
+        than if all did. The values of a point stand until the next but one.
+        """
+        start = self.start(records[begin])
+        return self._between(records, begin, end, start, math.isqrt(end - begin))
+
+    def _between(
+        self,
+        records: Sequence[StepRecord],
+        begin: int,
+        end: int,
+        start: Point,
+        room: int,
+    ) -> Iterator[tuple[int, Point]]:
+        while end - begin > 1:
+            middle = begin + split(end - begin, room)
+            point = self.forward(records[begin:middle], start)
+            yield from self._between(records, middle, end, point, room - 1)
+            self.pool.give_back([*tensors_of((), point.states), *self._last])
+            self._last = point.values
+            end = middle
+        yield begin, start
+
+    def apply(
+        self,
+        record: StepRecord,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        states: States,
+    ) -> tuple[list[Tensor], States]:
+        """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
+        used = self.loop.consumed(gradients, record.present(), values)
+        new_values, new_states = [], []
+        for (rule, hyper), value, gradient, state in zip(
+            self.updates(record, HyperAdjoint(None, 0, list(groups_of(record.parts)))),
+            values,
+            used,
+            states,
+            strict=True,
+        ):
+            if gradient is not None:
+                value, state = rule.step(value, gradient, state, hyper)
+            new_values.append(value)
+            new_states.append(state)
+        return new_values, new_states
+
+    def rounding(self, records: Sequence[StepRecord], record: StepRecord) -> float:
+        """How far rounding of the gradient can move a step, relative to the step.
+
+        Rounding y by ε changes the gradient by about ε H y, and the gradient itself is rounded.
+
+        Args:
+            records: steps from one with an iterate on, the given one among them.
+            record: the step.
+        """
+        end = next(i for i, r in enumerate(records) if r is record)
+        begin = end
+        while not records[begin].has_iterate:
+            begin -= 1
+        layout = self.problem.inner.layout
+        with self.problem.inner.swapped():
+            point = self.forward(records[begin:end], self.start(records[begin]))
+            self.problem.inner.overwrite(point.values)
+            at = self.problem.linearize(record.calls)
+            y = layout.flatten(point.values)
+            signs = torch.arange(len(y), device=y.device) % 2 * 2 - 1
+            g = at.gradient
+            eps = max(torch.finfo(value.dtype).eps for value in point.values)
+            moved = g + eps * (at.hvp(y * signs).abs() + g.abs())
+        with torch.no_grad():
+            exact, other = (
+                layout.flatten(
+                    self.apply(
+                        record, point.values, layout.split(vector), point.states
+                    )[0]
+                )
+                for vector in (g, moved)
+            )
+        step = torch.linalg.vector_norm(exact - y)
+        return float(torch.linalg.vector_norm(other - exact) / step)
+
+    def hyper(self, record: StepRecord) -> HyperAdjoint:
+        """The hyperparameters of a step at the present outer variables."""
+        groups = list(groups_of(record.parts))
+        return HyperAdjoint(self.loop.hyperparameters, record.position, groups)
+
+    def updates(
+        self, record: StepRecord, hyper: HyperAdjoint
+    ) -> list[tuple[UpdateRule, Hyper]]:
+        """Per parameter, its rule and hyperparameters."""
+        found, first = [], 0
+        for number in sorted(record.parts):
+            part = record.parts[number]
+            found += [
+                (self.rules[number], hyper.groups[first + g]) for g in part.groups
+            ]
+            first += len(part.hyper)
+        return found
+
+    def pull_back(
+        self,
+        record: StepRecord,
+        point: Point,
+        gradients: Sequence[Tensor | None],
+        bar: Adjoint,
+        hyper: HyperAdjoint,
+        following: Sequence[Tensor],
+    ) -> Tensor:
+        """Pull the adjoint through a step's rules at a detached gradient, in place.
+
+        Returns:
+            How far the rules' values are from the recorded next parameters, relative to the
+            step.
+        """
+        raw = [
+            None if g is None else g.detach().to(v.device, bar.values.dtype)
+            for g, v in zip(gradients, point.values, strict=True)
+        ]
+        with torch.no_grad():
+            used = self.loop.consumed(raw, record.present(), point.values)
+        norms: list[Tensor] = []
+        gradient_bars = bar.parts(bar.gradient)
+        for index, ((rule, options), value, g, state, next_value) in enumerate(
+            zip(
+                self.updates(record, hyper),
+                point.values,
+                used,
+                point.states,
+                following,
+                strict=True,
+            )
+        ):
+            if g is None:  # torch skipped it: nothing happened
+                gradient_bars[index].zero_()
+                continue
+            bar.states[index], found = pull_back(
+                rule,
+                options,
+                (value, g, state),
+                next_value,
+                bar.parts(bar.values)[index],
+                gradient_bars[index],
+                bar.states[index],
+                hyper.leaves,
+                hyper.bars,
+            )
+            norms += found
+        if self.loop.proximal is not None:  # λ (y − a) was added to the gradient
+            bar.values.add_(bar.gradient, alpha=self.loop.proximal.weight)
+            bar.pull_anchor(-self.loop.proximal.weight)
+        if self.loop.transform is not None:
+            self._through_transform(record, point, raw, gradient_bars)
+        eps = max(torch.finfo(value.dtype).eps for value in point.values)
+        return mismatch(norms, eps)
+
+    def _through_transform(
+        self,
+        record: StepRecord,
+        point: Point,
+        raw: Sequence[Tensor | None],
+        bars: Sequence[Tensor],
+    ) -> None:
+        """Pull adjoints of the transformed gradients back to the raw ones, in place."""
+        leaves = [None if g is None else g.detach().requires_grad_() for g in raw]
+        with torch.enable_grad():
+            used = consumed(leaves, record.present(), point.values, self.loop.transform)
+        pairs = [
+            (u, bar.view(u.shape).to(u.device))
+            for u, bar in zip(used, bars, strict=True)
+            if u is not None and u.requires_grad
+        ]
+        inputs = [g for g in leaves if g is not None]
+        found = torch.autograd.grad(
+            [u for u, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True
+        )
+        new = iter(found)
+        for leaf, bar in zip(leaves, bars, strict=True):
+            part = None if leaf is None else next(new)
+            if part is None:
+                bar.zero_()
+            else:
+                bar.copy_(part.reshape(-1))
