@@ -447,6 +447,35 @@ def iterates_beyond_their_budget():
     Setup("unrolled(iterate_bytes=200)", steps=9)
 
 
+def checkpoints_of_kept_graphs():
+    tb.Unrolled(keep_graph=True, checkpoint_every=3)
+
+
+def kept_graph_of_a_third_party():
+    y, x, z = leaf(2), leaf(2), leaf(2)
+    optimizer = plain(
+        inner=SGD([y], lr=0.1),
+        outer=SGD([x], lr=0.1),
+        estimator="unrolled(keep_graph=True)",
+    )
+    optimizer.inner_loss(lambda: (x * y * z).sum())().backward()
+
+
+def batch_changed_under_a_kept_graph():
+    y, x, batch = leaf(2), leaf(2), torch.ones(2)
+    optimizer = plain(
+        inner=SGD([y], lr=0.1),
+        outer=SGD([x], lr=0.1),
+        estimator="unrolled(keep_graph=True)",
+    )
+    optimizer.outer_loss(lambda: (y**2).sum())
+    optimizer.inner_loss(lambda: (x * (y * batch).sin()).sum())().backward()
+    optimizer.step()
+    optimizer._recorder.to_verify = None
+    batch += 1
+    optimizer.outer_step()
+
+
 def checkpoints_at_a_word():
     tb.Unrolled(checkpoint_every="sometimes")
 
@@ -820,6 +849,9 @@ TABLE = [
         r"optimizer\.estimator = 'forward'",
     ),
     (iterates_beyond_their_budget, tb.TrajectoryTooLong, r"raise iterate_bytes"),
+    (checkpoints_of_kept_graphs, ValueError, r"keep_graph=True.*Leave out"),
+    (kept_graph_of_a_third_party, tb.InvalidLoss, r"in neither optimizer"),
+    (batch_changed_under_a_kept_graph, tb.BatchChanged, r"keep_graph=True nothing"),
     (checkpoints_at_a_word, ValueError, r"checkpoint_every.*'sometimes'"),
     (
         learning_rate_with_an_implicit_estimator,

@@ -131,7 +131,8 @@ def reference(estimator, inner=None, num_steps=4, prepare=None):
 
 
 BOTH = pytest.mark.parametrize(
-    "estimator", ["cg(max_steps=60, rtol=1e-12)", "unrolled"]
+    "estimator",
+    ["cg(max_steps=60, rtol=1e-12)", "unrolled", "unrolled(keep_graph=True)"],
 )
 
 
@@ -234,7 +235,7 @@ def test_clipping_that_is_declared(estimator, by):
     case = reference(estimator, prepare=clip)
     case.optimizer.gradient_transform(declared)
     found = case.gradient()
-    if estimator == "unrolled":
+    if estimator.startswith("unrolled"):
         assert tb.check_hypergradient(case.optimizer).relative_error < 1e-6
     else:  # the implicit system does not see it: the same as without, at the same point
         plain = Cleaning(estimator)
@@ -273,11 +274,13 @@ def test_two_inner_optimizers_are_one_inner_problem(estimator):
     found = flat(optimizer.hypergradient())
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
     assert len(optimizer.param_groups) == 2
-    if estimator == "unrolled":
+    if estimator.startswith("unrolled"):
         assert tb.check_hypergradient(optimizer).relative_error < 1e-6
 
 
-@pytest.mark.parametrize("estimator", ["cg(max_steps=40)", "unrolled"])
+@pytest.mark.parametrize(
+    "estimator", ["cg(max_steps=40)", "unrolled", "unrolled(keep_graph=True)"]
+)
 def test_autocast_bfloat16(estimator):
     torch.set_default_dtype(torch.float32)
 
@@ -555,6 +558,106 @@ def test_few_points_exist_between_checkpoints(monkeypatch):
     (pool,) = pools
     # four points, the values of a last one, and one while it is being made
     assert pool.allocated <= 6 * size
+
+
+KEPT = "unrolled(keep_graph=True)"
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.parametrize("layout", ["own", "shared", "strided"])
+def test_a_kept_graph_equals_replay_bit_for_bit(kind, layout):
+    """With dropout, BatchNorm, accumulation and clipping; also after the window's end."""
+
+    def run(estimator):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3)
+        )
+        W = torch.randn(6, 3)
+        if layout == "shared":  # two parameters in one storage
+            flat_W = torch.randn(24)
+            net[0].bias = nn.Parameter(flat_W[18:])
+            W = flat_W[:18].view(6, 3)
+        elif layout == "strided":
+            W = torch.randn(3, 6).t()
+        W.requires_grad_()
+        weights = torch.zeros(20, requires_grad=True)
+        options = {"momentum": 0.9} if kind == "SGD" else {}
+        optimizer = tb.BilevelOptimizer(
+            getattr(torch.optim, kind)([*net.parameters(), W], lr=0.05, **options),
+            torch.optim.SGD([weights], lr=1.0),
+            estimator=estimator,
+        )
+        X, t = torch.randn(20, 5), torch.randint(0, 3, (20,))
+
+        @optimizer.inner_loss
+        def train(x, y, scale=0.5):
+            losses = F.cross_entropy(net(x) @ W, y, reduction="none")
+            return scale * (weights.sigmoid() * losses).mean(), losses
+
+        @optimizer.outer_loss
+        def valid(x, y):
+            return F.cross_entropy(net(x) @ W, y)
+
+        optimizer.gradient_transform(tb.clip_grad_norm(0.1))
+        found = []
+        for _ in range(2):
+            for _ in range(3):
+                optimizer.zero_grad()
+                train(X, t)[0].backward()
+                (train(X.flip(0), t.flip(0), scale=1.0)[0] / 2).backward()
+                nn.utils.clip_grad_norm_([*net.parameters(), W], 0.1)
+                optimizer.step()
+            first = optimizer.hypergradient(X, t, write=False)[0]
+            assert torch.equal(first, optimizer.hypergradient(X, t)[0])
+            optimizer.outer.step()
+            found += [first, W.detach().clone()]
+        return found
+
+    for a, b in zip(run("unrolled"), run(KEPT), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_kept_graph_evaluates_nothing_twice():
+    calls = 0
+
+    def count(estimator):
+        nonlocal calls
+        y, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        optimizer = tb.BilevelOptimizer(
+            torch.optim.SGD([y], lr=0.1),
+            torch.optim.SGD([x], lr=0.1),
+            estimator=estimator,
+        )
+
+        @optimizer.inner_loss
+        def train():
+            nonlocal calls
+            calls += 1
+            return (x * y**4).sum()
+
+        optimizer.outer_loss(lambda: (y**2).sum())
+        for _ in range(2):  # the first window is verified, at one evaluation
+            calls = 0
+            for _ in range(5):
+                optimizer.zero_grad()
+                train().backward()
+                optimizer.step()
+            optimizer.outer_step()
+        return calls
+
+    assert count("unrolled") == 10 and count(KEPT) == 5
+
+
+def test_a_kept_graph_with_a_window_counts_its_memory():
+    full = reference("unrolled(window=3)", num_steps=9).gradient()
+    case = reference("unrolled(window=3, keep_graph=True)", num_steps=9)
+    window = case.optimizer._recorder.window
+    assert torch.equal(case.gradient(), full) and len(window) == 3
+    assert (
+        window.nbytes()
+        > reference("unrolled(window=3)").optimizer._recorder.window.nbytes()
+    )
 
 
 @pytest.mark.parametrize("every", ["None", "2", "'auto'"])

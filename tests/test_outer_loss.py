@@ -33,7 +33,7 @@ def test_backward_is_the_hypergradient_bit_for_bit(estimator):
     assert all(torch.equal(x.grad, b) for x, b in zip(problem.x, written, strict=True))
 
 
-@pytest.mark.parametrize("estimator", ["cg", "unrolled"])
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
 def test_weights_direct_terms_and_sums(estimator):
     problem, optimizer = ready(estimator)
     other = optimizer.outer_loss(lambda: (problem.w**3).sum() + problem.H.sum())

@@ -14,7 +14,8 @@ import torch_bilevel as tb
 
 SGD = torch.optim.SGD
 BOTH = pytest.mark.parametrize(
-    "estimator", ["cg(max_steps=50, rtol=1e-13)", "unrolled"]
+    "estimator",
+    ["cg(max_steps=50, rtol=1e-13)", "unrolled", "unrolled(keep_graph=True)"],
 )
 
 

@@ -37,6 +37,10 @@ class Unrolled(Estimator):
         iterate_bytes: limit on the bytes of iterates; c is doubled, and kept iterates are thinned
             out, so that they fit.
         offload: where iterates are kept, such as ``"cpu"``; None keeps them in place.
+        keep_graph: keep the graphs of your own forward and backward instead of evaluating each step
+            again: faster, and memory grows by a step's activations (twice) every step, as in
+            `higher` or TorchOpt. For short loops. ``train_loss(...)`` then evaluates without
+            ``torch.compile`` and fused attention, and the other tensors it returns are detached.
 
     Example:
         >>> import torch_bilevel as tb
@@ -48,6 +52,7 @@ class Unrolled(Estimator):
     checkpoint_every: int | str | None = None
     iterate_bytes: int | None = None
     offload: str | None = None
+    keep_graph: bool = False
 
     name: ClassVar[str] = "unrolled"
 
@@ -62,6 +67,12 @@ class Unrolled(Estimator):
         )
         if self.offload is not None:
             torch.device(self.offload)  # raises on a name that is not a device
+        if self.keep_graph and (self.checkpoint_every or self.iterate_bytes):
+            raise ValueError(
+                "Unrolled(keep_graph=True) keeps every step, so checkpoint_every= and "
+                "iterate_bytes=, which step through the loop again, have nothing to do. Leave out "
+                "either."
+            )
 
     def __str__(self) -> str:
         return describe(self.name, changed(self))
@@ -74,6 +85,7 @@ class Unrolled(Estimator):
             checkpoint_every=self.checkpoint_every,
             iterate_bytes=self.iterate_bytes,
             offload=self.offload,
+            keep_graph=self.keep_graph,
             max_bytes=max_bytes,
         )
 

@@ -140,8 +140,10 @@ def reverse(
                 begin -= 1
             for index, point in stepper.backward(records, begin, end):
                 record = records[index]
-                problem.inner.overwrite(point.values)
-                at = problem.linearize(record.calls)
+                at = problem.kept(record.calls)
+                if at is None:
+                    problem.inner.overwrite(point.values)
+                    at = problem.linearize(record.calls)
                 hyper = stepper.hyper(record)
                 error = stepper.pull_back(
                     record, point, at.parts, bar, hyper, following

@@ -112,6 +112,7 @@ class Window:
         iterate_bytes: limit on the copies and on the about √c that exist of a segment when it is
             stepped through again; c is doubled to keep it.
         offload: device for the iterates, such as ``"cpu"``.
+        keep_graph: keep the graphs of the user's own evaluations too.
         carry: keep the tangents when the window is cleared after an outer step.
         max_bytes: limit on what is recorded; None takes half of the free memory.
     """
@@ -123,6 +124,7 @@ class Window:
         checkpoint_every: int | str | None = None,
         iterate_bytes: int | None = None,
         offload: str | None = None,
+        keep_graph: bool = False,
         carry: bool = False,
         max_bytes: int | None = None,
     ):
@@ -132,6 +134,7 @@ class Window:
         self.first_interval = 1 if self.auto else int(checkpoint_every or 1)
         self.interval = self.first_interval
         self.iterate_bytes = iterate_bytes
+        self.keep_graph = keep_graph
         self.max_bytes = max_bytes
         self.pool = Pool(offload)
         self.records: deque[StepRecord] = deque()
@@ -162,6 +165,9 @@ class Window:
         Raises:
             TrajectoryTooLong: the records exceed ``max_bytes``.
         """
+        for call, _ in record.calls:
+            if call.kept is not None:
+                call.kept.values = record.values()
         self.records.append(record)
         self.count += 1
         if self.last is not None:
@@ -240,7 +246,7 @@ class Window:
             self.pool = other.pool
 
     def nbytes(self) -> int:
-        """Bytes of recorded iterates and of batches kept by reference."""
+        """Bytes of recorded iterates, of batches kept by reference, and of kept graphs."""
         storages = {
             storage.data_ptr(): storage.nbytes()
             for record in self.records
@@ -248,7 +254,13 @@ class Window:
             for tensor, _ in call.versions
             for storage in (tensor.untyped_storage(),)
         }
-        return self.pool.allocated + sum(storages.values())
+        graphs = sum(
+            call.kept.nbytes
+            for record in self.records
+            for call, _ in record.calls
+            if call.kept is not None
+        )
+        return self.pool.allocated + sum(storages.values()) + graphs
 
     def clear(self, restart: bool = False) -> None:
         """Forget every step.

@@ -6,14 +6,14 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BilevelWarning
+from ..errors import BilevelWarning, OuterOutsideLoss
 
 if TYPE_CHECKING:
     from .bilevel import BilevelOptimizer
@@ -65,6 +65,16 @@ def weak(method: Callable[..., Any]) -> Callable[..., Any]:
 
     disabled = torch.compiler.disable(call)
     return call
+
+
+def outside_loss(touched: Sequence[str], name: str) -> OuterOutsideLoss:
+    """The error about outer variables that an inner backward reached."""
+    return OuterOutsideLoss(
+        f"The outer variable {', '.join(touched)} received a gradient in the "
+        f"backward of {name!r}: it enters the training objective outside the registered "
+        "loss, as in (x * loss).backward(). The hypergradient could not see that. Move the "
+        "whole expression into the function registered with @optimizer.inner_loss."
+    )
 
 
 def number(weight: Tensor) -> Tensor | float:

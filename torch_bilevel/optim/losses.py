@@ -8,7 +8,6 @@ the outer variables, whose forward evaluates the function and whose backward run
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidLoss, LossNotRegistered, StalePoint
-from ..problem import Call, WeightedCall, evaluations, record, scalar
+from ..problem import Call, WeightedCall, evaluations, record, scalar, with_loss
 from ..second_order import uncompiled
 from .data import OuterData
 
@@ -85,7 +84,7 @@ class OuterLoss:
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = Run(self, self.record(args, kwargs))
         loss = HypergradientFunction.apply(run, *run.owner._outer_leaves())
-        return run.with_loss(loss)
+        return with_loss(run.result, loss)
 
     def __deepcopy__(self, memo: Any) -> OuterLoss:
         """Itself: a copied module that holds it keeps using the same registration."""
@@ -142,23 +141,6 @@ class Run:
     def _now(self) -> tuple:
         problem = self.owner.problem
         return self.owner._recorder.epoch, problem.inner.token(), problem.outer.token()
-
-    def with_loss(self, loss: Tensor) -> Any:
-        """What the user's function returned, its loss replaced; the rest detached."""
-        result = self.result
-        if isinstance(result, Tensor):
-            return loss
-        if isinstance(result, (tuple, list)):
-            rest = [v.detach() if isinstance(v, Tensor) else v for v in result[1:]]
-            if hasattr(result, "_make"):  # a namedtuple
-                return type(result)._make([loss, *rest])  # type: ignore[attr-defined]
-            return type(result)([loss, *rest])
-        result = copy.copy(result)
-        for name, value in list(vars(result).items()):
-            if isinstance(value, Tensor):
-                setattr(result, name, value.detach())
-        result.loss = loss
-        return result
 
 
 class HypergradientFunction(torch.autograd.Function):

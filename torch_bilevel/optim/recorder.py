@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..errors import BilevelError, OuterOutsideLoss
+from ..errors import BilevelError
 from ..inner import Loop, Part, Proximal, StepRecord, Window
 from ..inner.pool import Pool
 from ..inner.trajectory import take_part
@@ -30,11 +30,12 @@ from ..problem import (
     Call,
     WeightedCall,
     evaluations,
+    keep,
     record,
     scalar,
 )
 from ..second_order import uncompiled
-from .hooks import AfterBackward, number, on_gradient, weak
+from .hooks import AfterBackward, number, on_gradient, outside_loss, weak
 
 _grad = attrgetter("grad")
 _NOTHING = Part(hyper=[], groups=[], present=[])
@@ -130,8 +131,12 @@ class Recorder:
         remembered = None if self.paused else self._remember(function, args, kwargs)
         self.inside = True
         try:
-            self._freeze()
-            result = function(*args, **kwargs)
+            if remembered is not None and self.window.keep_graph:
+                evaluate = partial(function, *args, **kwargs)
+                result = keep(self.present, remembered, evaluate)
+            else:
+                self._freeze()
+                result = function(*args, **kwargs)
         finally:
             self.inside = False
             if self.frozen:
@@ -182,7 +187,8 @@ class Recorder:
                 self.leftover = True  # from the step before: no zero_grad()
             self._first = len(self.pending)
             self._marks = self._gradient_marks()
-            self._freeze()  # activation checkpointing runs the forward again
+            if call.kept is None:  # activation checkpointing runs the forward again
+                self._freeze()
             done = AfterBackward(self)
             Variable._execution_engine.queue_callback(done)  # type: ignore[attr-defined]
         self.pending.append((call, number(weight)))
@@ -196,11 +202,8 @@ class Recorder:
         if self.frozen:
             self.thaw()
         version = self._version()
-        if self._marks is None:  # the usual case, without building a list
-            reached = version is not None
-        else:
-            reached = self._gradient_marks() != self._marks
-        if not reached:
+        before = self._marks  # None is the usual case, without building a list
+        if (version if before is None else self._gradient_marks()) == before:
             del self.pending[self._first :]
         self._grad_version = version
 
@@ -228,12 +231,7 @@ class Recorder:
             if tensor is seen or tensor.grad is not before:
                 touched.append(label)
                 tensor.grad = before
-        raise OuterOutsideLoss(
-            f"The outer variable {', '.join(touched)} received a gradient in the "
-            f"backward of {name!r}: it enters the training objective outside the registered "
-            "loss, as in (x * loss).backward(). The hypergradient could not see that. Move the "
-            "whole expression into the function registered with @optimizer.inner_loss."
-        )
+        raise outside_loss(touched, name)
 
     # --- steps ------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from .calls import WeightedCall as WeightedCall
 from .calls import autocast as autocast
 from .calls import record as record
 from .calls import scalar as scalar
+from .calls import with_loss as with_loss
+from .kept import keep as keep
 from .linearization import Linearization as Linearization
 from .modules import ModuleSet as ModuleSet
 from .problem import BilevelProblem as BilevelProblem

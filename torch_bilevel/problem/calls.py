@@ -7,6 +7,7 @@ version), the random state at entry, autocast, and the training flags of the mod
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,6 +21,7 @@ from .modules import Flags
 from .randomness import Randomness, capture
 
 if TYPE_CHECKING:
+    from .kept import KeptGraph
     from .problem import BilevelProblem
 
 AutocastState = list[tuple[str, bool, Any]]  # device type, on, dtype
@@ -40,6 +42,7 @@ class Call:
         flags: training flags of the known modules; None uses the present ones.
         buffers: buffer values at entry, kept where the trajectory is replayed.
         frozen: ids of the inner parameters that did not require grad.
+        kept: the graphs of the user's own evaluation, where they are kept.
     """
 
     function: Callable[..., Any]
@@ -52,6 +55,7 @@ class Call:
     flags: Flags | None = None
     buffers: list | None = None
     frozen: Set[int] = frozenset()
+    kept: KeptGraph | None = None
 
     def check_unchanged(self) -> None:
         """Refuse to evaluate on a batch that was modified in place since.
@@ -222,3 +226,20 @@ def scalar(result: Any, name: str) -> Tensor:
             f"dtype {loss.dtype}; return one real number, for example with .mean()."
         )
     return loss
+
+
+def with_loss(result: Any, loss: Tensor) -> Any:
+    """What a registered function returned, its loss replaced; the rest detached."""
+    if isinstance(result, Tensor):
+        return loss
+    if isinstance(result, (tuple, list)):
+        rest = [v.detach() if isinstance(v, Tensor) else v for v in result[1:]]
+        if hasattr(result, "_make"):  # a namedtuple
+            return type(result)._make([loss, *rest])  # type: ignore[attr-defined]
+        return type(result)([loss, *rest])
+    result = copy.copy(result)
+    for name, value in list(vars(result).items()):
+        if isinstance(value, Tensor):
+            setattr(result, name, value.detach())
+    result.loss = loss
+    return result

@@ -29,6 +29,7 @@ class Linearization:
         problem: the problem, for layouts and the point.
         parts: ∇_y g per inner parameter with graph, None where not reached.
         outer_parts: ∇_x g per outer tensor with graph, for tangents.
+        reusable: the graph outlives `add_joint`.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Linearization:
         problem: BilevelProblem,
         parts: Sequence[Tensor | None],
         outer_parts: Sequence[Tensor | None] = (),
+        reusable: bool = False,
     ):
         self.problem = problem
         self.parts = list(parts)
         self.outer_parts = list(outer_parts)
+        self.reusable = reusable
         self.reached = [False] * len(problem.outer.tensors)
         self._token = self._now()
         self._live = [
@@ -70,9 +73,10 @@ class Linearization:
     def add_joint(self, v: Tensor, inner: Tensor, outer: Tensor) -> None:
         """Add H v to ``inner`` and J v to ``outer``, both flat, in place.
 
-        It is the last product: the graph is freed as the pass goes.
+        It is the last product: the graph is freed as the pass goes, unless it is ``reusable``.
         """
-        to_inner, to_outer = self._parts(v, inner=True, outer=True, last=True)
+        last = not self.reusable
+        to_inner, to_outer = self._parts(v, inner=True, outer=True, last=last)
         self.problem.inner.layout.add(inner, to_inner)
         self.problem.outer.layout.add(outer, to_outer)
 

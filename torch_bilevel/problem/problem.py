@@ -60,6 +60,7 @@ class BilevelProblem:
         self.modules = modules
         self.num_products = 0
         self._watched: set[int] = set()
+        self.walked: set[int] = set()  # functions whose graph was looked through
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
         # What the user's own inner call sees as constants.
@@ -209,6 +210,42 @@ class BilevelProblem:
         parts = self.inner_gradients(calls, create_graph=True, outer=outer)
         count = len(self.inner.tensors)
         return Linearization(self, parts[:count], parts[count:])
+
+    def kept(self, calls: Sequence[WeightedCall]) -> Linearization | None:
+        """As `linearize`, from the graphs kept of the user's own evaluations; None without any.
+
+        Raises:
+            BatchChanged: an argument was changed in place since.
+        """
+        total: list[Tensor | None] = [None] * len(self.inner.tensors)
+        for call, weight in calls:
+            call.check_unchanged()
+            if call.kept is None or call.kept.weight is None:
+                return None
+            total = [
+                part if known is None else known if part is None else known + part
+                for known, part in zip(total, call.kept.weighted(weight), strict=True)
+            ]
+        return Linearization(self, total, reusable=True)
+
+    def places(self) -> tuple[dict[int, int], set[int]]:
+        """What a kept graph need not copy, and what it must, by the address of its storage.
+
+        Returns:
+            Inner parameters that have a contiguous storage of their own, by index; other inner
+            parameters and buffers, which are written to in place.
+        """
+        found: dict[int, int] = {}
+        others = {b.untyped_storage().data_ptr() for _, _, b in self.modules.buffers()}
+        for index, tensor in enumerate(self.inner.tensors):
+            address = tensor.untyped_storage().data_ptr()
+            own = tensor.is_contiguous() and tensor.storage_offset() == 0
+            if not own or address in found or address in others:
+                others.add(address)
+                found.pop(address, None)
+            else:
+                found[address] = index
+        return found, others
 
     def outer_gradients(
         self, calls: Sequence[WeightedCall], values: Sequence[Tensor] | None = None

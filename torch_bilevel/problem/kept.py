@@ -1,0 +1,173 @@
+"""The graph of the user's own evaluation, kept while the parameters move on.
+
+    L = g(x, y_k)                        evaluated once, when the user calls the registered loss
+    G = ∇_y L, with its graph            evaluated once, when the user back-propagates it
+    H v, J v = ∂_{y,x}⟨G, v⟩             later, though the optimizer has written y_{k+1} over y_k
+
+What the two graphs saved of the parameters is handed back from the record of the iterate, so the
+in-place step does not spoil them, and nothing is evaluated a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..errors import BatchChanged, InvalidLoss
+from ..second_order import second_order
+from .calls import Call, scalar, with_loss
+from .variables import gradients
+
+if TYPE_CHECKING:
+    from .problem import BilevelProblem
+
+_Place = tuple[int, torch.Size, tuple[int, ...], int]  # which parameter, and which part
+
+
+class KeptGraph:
+    """The graphs of one call of an inner loss.
+
+    Args:
+        problem: the problem at the time of the call.
+
+    Attributes:
+        values: the recorded iterate, once the optimizer has stepped; None while it is live.
+        parts: ∇_y of the loss with graph, per inner parameter, times ``weight``.
+        weight: what the loss was back-propagated with.
+        nbytes: bytes of what the graphs saved.
+    """
+
+    def __init__(self, problem: BilevelProblem):
+        self.problem = problem
+        self.values: Sequence[Tensor] | None = None
+        self.parts: list[Tensor | None] = []
+        self.weight: Tensor | None = None
+        self.nbytes = 0
+        self._where, self._cloned = problem.places()
+        self._seen: set[int] = set()
+
+    def hooks(self) -> saved_tensors_hooks:
+        """Saving inside this context survives the optimizer's step."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def weighted(self, weight: Tensor | float) -> list[Tensor | None]:
+        """∇_y of the loss times a weight, with graph."""
+        own = self.weight
+        if isinstance(weight, float) and own is not None and weight == own.item():
+            return self.parts
+        return [None if part is None else part * (weight / own) for part in self.parts]
+
+    def _pack(self, tensor: Tensor) -> Any:
+        address = tensor.untyped_storage().data_ptr()
+        index = self._where.get(address)
+        if index is not None:
+            return index, tensor.size(), tensor.stride(), tensor.storage_offset()
+        if address in self._cloned:
+            tensor = tensor.clone()
+            address = tensor.untyped_storage().data_ptr()
+        if address not in self._seen:
+            self._seen.add(address)
+            self.nbytes += tensor.untyped_storage().nbytes()
+        # Not the tensor itself: an output that its own node saved would never be freed.
+        return tensor.detach(), tensor._version
+
+    def _unpack(self, packed: _Place | tuple[Tensor, int]) -> Tensor:
+        if len(packed) == 2:
+            tensor, version = packed
+            if tensor._version != version:
+                raise BatchChanged(
+                    f"A tensor that the graph of an inner step holds (shape {tuple(tensor.shape)}, "
+                    f"{tensor.dtype}) was changed in place since the step. With keep_graph=True "
+                    "nothing the loss used may be written to before the outer step; use a copy, "
+                    "or leave keep_graph=True out."
+                )
+            return tensor
+        index, size, stride, offset = packed
+        live = self.problem.inner.tensors[index]
+        if self.values is None:
+            return live.detach().as_strided(size, stride, offset)
+        value = self.values[index].to(live.device)
+        return value.as_strided(size, stride, value.storage_offset() + offset)
+
+
+class KeptLoss(torch.autograd.Function):
+    """A loss of the inner parameters whose gradient keeps its own graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: KeptGraph, evaluate: Callable[[], Tensor], *inner: Tensor
+    ) -> Tensor:
+        """Evaluate the user's loss with its graph."""
+        problem = kept.problem
+        region = second_order(problem.modules.recurrent, problem.modules.weight_norm)
+        with torch.enable_grad(), region, kept.hooks():
+            ctx.loss = evaluate()
+        ctx.kept = kept
+        return ctx.loss.detach().clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """∇_y g times the incoming weight; its graph stays with the call."""
+        kept = ctx.kept
+        with torch.enable_grad(), kept.hooks():
+            (kept.parts,) = gradients(
+                ctx.loss, grads[0], kept.problem.inner.tensors, create_graph=True
+            )
+        kept.weight = grads[0].detach()
+        # Copies: .grad takes what it is given, and is added to and clipped in place.
+        found = (None if p is None else p.detach().clone() for p in kept.parts)
+        return None, None, *found
+
+
+def keep(problem: BilevelProblem, call: Call, evaluate: Callable[[], Any]) -> Any:
+    """Evaluate an inner loss for the user, and keep its graphs with the call.
+
+    Args:
+        problem: the problem at present.
+        call: the remembered call; its ``kept`` is set.
+        evaluate: the user's function with its arguments.
+
+    Returns:
+        What the function returns, its loss replaced by one with the same value and gradient.
+
+    Raises:
+        InvalidLoss: it depends on a parameter that is in neither optimizer.
+    """
+    call.kept = KeptGraph(problem)
+    result: Any = None
+
+    def loss() -> Tensor:
+        nonlocal result
+        result = evaluate()
+        value = scalar(result, call.name)
+        if id(call.function) not in problem.walked:
+            _refuse_others(value, problem, call.name)
+            problem.walked.add(id(call.function))
+        return value
+
+    value = KeptLoss.apply(call.kept, loss, *problem.inner.tensors)
+    return with_loss(result, value)
+
+
+def _refuse_others(loss: Tensor, problem: BilevelProblem, name: str) -> None:
+    """Refuse leaves whose ``.grad`` would stay empty; looked for once for every function."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in problem.live:
+            raise InvalidLoss(
+                f"The inner loss {name!r} depends on a tensor of shape {tuple(leaf.shape)} that "
+                "requires grad and is in neither optimizer. With keep_graph=True its .grad would "
+                "stay empty. Call requires_grad_(False) on it if it is not trained, or leave "
+                "keep_graph=True out."
+            )
+        todo += [following for following, _ in node.next_functions]
