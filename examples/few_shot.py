@@ -3,7 +3,7 @@ Few-shot classification by learned initialisations
 ==================================================
 
 An episode shows a few images of classes never seen before and asks for the classes of others.
-What is learned over many episodes is where adaptation begins (MAML, FOMAML, iMAML), that and the
+What is learned over many episodes is where adaptation begins (MAML, FOMAML, iMAML, Reptile), that and the
 features while only the head adapts (ANIL), or the features alone (ITD-BiO). The loop is the same
 for all: the inner steps and the query loss of an episode inside ``with optimizer.task():``.
 
@@ -35,6 +35,7 @@ METHODS = {
     "fomaml": (tb.FOMAML, 5),
     "anil": (tb.ANIL, 5),
     "imaml": (tb.IMAML, 12),
+    "reptile": (tb.Reptile, 8),
     "itd": (tb.BilevelOptimizer, 5),
 }
 
@@ -107,7 +108,11 @@ def build(method, features, head, inner_lr, outer_lr):
     options = {"estimator": "unrolled"} if method == "itd" else {}
     if method == "imaml":
         options = {"estimator": "cg(max_steps=5, damping=1.0)", "proximal_term": 1.0}
-    optimizer = make(inner, torch.optim.Adam(learned, lr=outer_lr), **options)
+    # Reptile's gradient is a displacement, so its rate is a fraction of it
+    reptile = method == "reptile"
+    outer = torch.optim.SGD(learned, 0.5) if reptile else torch.optim.Adam(learned)
+    outer.param_groups[0]["lr"] = 0.5 if reptile else outer_lr
+    optimizer = make(inner, outer, **options)
 
     @optimizer.inner_loss
     def support_loss(x, y):
@@ -153,6 +158,8 @@ def train(parts, classes, args):
         total = 0.0
         for _ in range(args.tasks):
             support, query = episode(classes, args.ways, args.shots, generator)
+            if args.method == "reptile":  # learns from all images, as its authors do
+                support = [torch.cat(both) for both in zip(support, query, strict=True)]
             with optimizer.task():
                 adapt(optimizer, support_loss, support, inner_steps)
                 loss = query_loss(*query)

@@ -15,6 +15,7 @@ ESTIMATORS = {
     "identity": None,
     "unrolled": None,
     "first_order": None,
+    "displacement": None,
     "forward": None,
     "forward_gradient": None,
 }
@@ -27,6 +28,7 @@ META_ALGORITHMS = {
     "MAML": ("unrolled", {}),
     "FOMAML": ("first_order", {}),
     "ANIL": ("unrolled", {}),
+    "Reptile": ("displacement", {}),
     "IMAML": ("cg(max_steps=5)", {"proximal_term": 1.0}),
 }
 

@@ -154,7 +154,7 @@ def example(name):
 
 
 # For a handful of outer numbers, of one step only, or noisy: not for a thousand weights.
-OTHER_JOBS = {"first_order", "forward", "forward_gradient", "one_step"}
+OTHER_JOBS = {"displacement", "first_order", "forward", "forward_gradient", "one_step"}
 
 
 @pytest.mark.parametrize("estimator", sorted(set(tb.estimators()) - OTHER_JOBS))
@@ -225,13 +225,16 @@ def test_a_learned_schedule_beats_the_best_constant(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::torch_bilevel.NegativeCurvatureWarning")
-@pytest.mark.parametrize("method", ["maml", "fomaml", "anil", "imaml", "itd"])
+@pytest.mark.parametrize(
+    "method", ["maml", "fomaml", "anil", "imaml", "reptile", "itd"]
+)
 def test_few_shot(method, tmp_path, capsys):
     arguments = ["--method", method, "--outer-steps", "40", "--tasks", "2"]
     arguments += ["--test-episodes", "40", "--output", str(tmp_path)]
     results = example("few_shot.py")["main"](arguments)
     (before, _), (after, half) = results.values()
-    if method == "imaml":  # twelve steps from anywhere are good at this already
+    # many steps from anywhere are good at this already
+    if method in ("imaml", "reptile"):
         assert after > 75
     else:
         assert after > before

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import Quadratic, flat
 from torch import nn
 
@@ -375,3 +376,58 @@ def test_restart_forgives_a_forgotten_zero_grad():
     t.o.restart()
     t.run(train)
     assert tb.check_hypergradient(t.o).relative_error < 1e-6
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize(
+    "dtype, mixed, bar",
+    [
+        (torch.float64, False, 1e-6),
+        (torch.float32, False, 1e-3),
+        (torch.float32, True, 0.05),
+    ],
+    ids=["float64", "float32", "bfloat16"],
+)
+def test_everything_at_once(dtype, mixed, bar, keep_graph):
+    """Dropout, BatchNorm, accumulation, clipping, autocast and a scheduler in one inner loop."""
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(8, 16),
+        nn.BatchNorm1d(16),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(16, 3),
+    )
+    penalty = torch.tensor(-1.0, requires_grad=True)
+    inner = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(inner, 8)
+    optimizer = tb.BilevelOptimizer(
+        inner,
+        torch.optim.SGD([penalty], lr=0.1),
+        estimator=f"unrolled(keep_graph={keep_graph})",
+    )
+    optimizer.gradient_transform(tb.clip_grad_norm(1.0))
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+
+    @optimizer.inner_loss
+    def train(x, y):
+        size = (net[0].weight ** 2).sum() + (net[4].weight ** 2).sum()
+        return F.cross_entropy(net(x), y) + penalty.exp() * size
+
+    @optimizer.outer_loss
+    def valid(x, y):
+        return F.cross_entropy(net(x), y)
+
+    for _ in range(6):
+        optimizer.zero_grad()
+        for half in (slice(0, 32), slice(32, 64)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+                loss = train(x[half], y[half])
+            (loss / 2).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        check = tb.check_hypergradient(optimizer, x, y)
+    assert check.relative_error < bar

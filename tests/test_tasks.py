@@ -2,9 +2,12 @@
 
 import copy
 
+import higher
 import pytest
 import torch
+import torchopt
 from cases import ADAM, META_ALGORITHMS, RULES, SGD, rule_id
+from problems import flat
 from torch import nn
 
 import torch_bilevel as tb
@@ -228,8 +231,25 @@ def test_maml_and_anil_equal_a_hand_written_loop(head_only):
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
 
 
+def test_maml_equals_torchopt():
+    """With SGD; the gradient of its MetaAdam is NaN where a unit is dead."""
+    problem = FewShot(norm=False)
+    plain = copy.deepcopy(problem.model)
+    start = list(plain.parameters())
+    step = torchopt.MetaSGD(plain, lr=0.1)
+    for _ in range(5):
+        x, y = problem.tasks[0]
+        step.step(nn.functional.cross_entropy(plain(x), y))
+    x, y = problem.tasks[1]
+    expected = torch.autograd.grad(nn.functional.cross_entropy(plain(x), y), start)
+    with problem.optimizer.task():
+        problem.adapt(problem.tasks[0])
+        problem.query(*problem.tasks[1]).backward()
+    for p, g in zip(problem.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
+
+
 def test_maml_equals_higher():
-    higher = pytest.importorskip("higher")
     problem = FewShot(norm=False)
     plain = copy.deepcopy(problem.model)
     inner = torch.optim.SGD(plain.parameters(), lr=0.1)
@@ -405,6 +425,55 @@ def test_imaml_on_quadratic_tasks(estimator):
             problem.query(problem.t[i]).backward()
         exact += 0.7 * torch.linalg.solve(M, best - problem.t[i])
     torch.testing.assert_close(problem.w.grad, exact, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("query", [False, True])
+def test_reptile_is_the_displacement(query):
+    """Σ (w − w_N) over tasks, with and without an outer loss; the mean in an outer step."""
+    problem = QuadraticTasks("displacement")
+    w, exact = problem.w.detach().clone(), torch.zeros(4)
+    for i, num_steps in enumerate((1, 3, 2)):
+        with problem.optimizer.task():
+            problem.adapt(i, num_steps)
+            exact += w - problem.w.detach()
+            if query:
+                problem.query(problem.t[i]).backward()
+        assert torch.equal(problem.w, w)
+    torch.testing.assert_close(problem.w.grad, exact, rtol=1e-14, atol=0)
+    with problem.optimizer.task(record=False):
+        problem.adapt(0, 2)
+    with pytest.raises(ZeroDivisionError), problem.optimizer.task():
+        problem.adapt(0, 2)
+        raise ZeroDivisionError
+    torch.testing.assert_close(problem.w.grad, exact, rtol=1e-14, atol=0)
+    report = problem.optimizer.outer_step()
+    torch.testing.assert_close(problem.w.detach(), w - 0.5 * exact / 3)
+    assert report.steps == 2 and "Reptile" in str(report)
+
+
+def test_reptile_asks_for_no_outer_loss():
+    w = torch.tensor([4.0], requires_grad=True)
+    optimizer = tb.Reptile(SGD([w], lr=0.25), SGD([w], lr=0.5))
+    loss = optimizer.inner_loss(lambda: (w**2).sum())
+    for target in (3.0, 2.25):
+        with optimizer.task():
+            loss().backward()
+            optimizer.step()
+        optimizer.outer_step()
+        assert w.item() == target
+
+
+@pytest.mark.parametrize("head_only", [False, True])
+def test_tasks_with_kept_graphs_equal_replay(head_only):
+    found = []
+    for estimator in ("unrolled", "unrolled(keep_graph=True)"):
+        problem = FewShot(head_only, estimator)
+        for i in range(3):
+            with problem.optimizer.task():
+                problem.adapt(problem.tasks[i], 1 + i)
+                problem.query(*problem.tasks[3]).backward()
+        found.append(flat(p.grad for p in problem.model.parameters()))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("estimator", ["unrolled", "checkpointed", "forward"])

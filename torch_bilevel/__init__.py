@@ -10,7 +10,7 @@
 >>> tb.estimator("cg(max_steps=10)").solver
 CG(max_steps=10, rtol=0.0001)
 >>> tb.estimator("unrolled(window=5)")
-Unrolled(window=5, checkpoint_every=None, iterate_bytes=None, offload=None)
+Unrolled(window=5, checkpoint_every=None, iterate_bytes=None, offload=None, keep_graph=False)
 >>> sorted(tb.solvers())
 ['cg', 'direct', 'identity', 'minres', 'neumann', 'richardson']
 """
@@ -21,7 +21,14 @@ from . import solvers as _solvers
 from ._version import __version__ as __version__
 from .errors import *  # noqa: F403
 from .errors import __all__ as _error_names
-from .estimators import FirstOrder, Forward, ForwardGradient, Implicit, Unrolled
+from .estimators import (
+    Displacement,
+    FirstOrder,
+    Forward,
+    ForwardGradient,
+    Implicit,
+    Unrolled,
+)
 from .estimators import parse as estimator
 from .inner import clip_grad_norm, clip_grad_value, register_update_rule
 from .optim import (
@@ -34,6 +41,7 @@ from .optim import (
     HypergradientCheck,
     ITDBiO,
     Report,
+    Reptile,
     check_hypergradient,
     citation,
 )
@@ -46,6 +54,7 @@ __all__ = [
     "BilevelOptimizer",
     "CG",
     "Direct",
+    "Displacement",
     "FOMAML",
     "FirstOrder",
     "Forward",
@@ -59,6 +68,7 @@ __all__ = [
     "MINRES",
     "Neumann",
     "Report",
+    "Reptile",
     "Richardson",
     "Unrolled",
     "check_hypergradient",

@@ -1,11 +1,12 @@
-"""Peak memory of unrolling, against plain training, `higher` and TorchOpt.
+"""Peak memory and time of unrolling, against plain training, `higher` and TorchOpt.
 
-A 330 k-parameter MLP at batch 512, T inner steps and one hypergradient. Every measurement is a
-process of its own: the growth of its peak resident set since its imports. The bar of
+A 330 k-parameter MLP at batch 512, or a transformer of two layers, T inner steps and one
+hypergradient. Every measurement is a process of its own: the growth of its peak resident set since
+its imports, then seconds of the same once more (the best of three up to T = 20). The bar of
 the replay is 1.3 × plain training plus the stored iterates (parameters and optimizer state); with
 ``checkpoint_every``, plain training plus 20 iterates.
 
-    python tests/benchmarks/memory.py [--steps 5 20 80] [--peers]
+    python tests/benchmarks/memory.py [--steps 5 20 80] [--peers] [--model transformer] [--time]
 """
 
 import argparse
@@ -13,19 +14,43 @@ import importlib
 import resource
 import subprocess
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SIZES, BATCH = (784, 300, 300, 10), 512
+TOKENS, WIDTH, SEQUENCES = 32, 64, 64
+KINDS = ("mlp", "transformer")
 
 
 tb = higher = torchopt = None  # imported by the process that needs it
 
 
+class Transformer(nn.Module):
+    """Two encoder layers, the mean over tokens, a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(1))
+
+
+MODEL = "mlp"
+
+
 def model():
     torch.manual_seed(0)
+    if MODEL == "transformer":
+        return Transformer()
     layers = []
     for a, b in zip(SIZES, SIZES[1:], strict=False):
         layers += [nn.Linear(a, b), nn.ReLU()]
@@ -34,6 +59,9 @@ def model():
 
 def data():
     g = torch.Generator().manual_seed(1)
+    if MODEL == "transformer":
+        x = torch.randn(SEQUENCES, TOKENS, WIDTH, generator=g)
+        return x, torch.randint(0, 10, (SEQUENCES,), generator=g)
     return torch.randn(BATCH, SIZES[0], generator=g), torch.randint(
         0, 10, (BATCH,), generator=g
     )
@@ -47,7 +75,7 @@ def optimizer_of(kind, parameters):
 def plain(kind, steps):
     net, (x, y) = model(), data()
     optimizer = optimizer_of(kind, net.parameters())
-    weights = torch.zeros(BATCH)
+    weights = torch.zeros(len(x))
     for _ in range(steps):
         optimizer.zero_grad()
         losses = F.cross_entropy(net(x), y, reduction="none")
@@ -57,7 +85,7 @@ def plain(kind, steps):
 
 def ours(kind, steps, estimator):
     net, (x, y) = model(), data()
-    weights = torch.zeros(BATCH, requires_grad=True)
+    weights = torch.zeros(len(x), requires_grad=True)
     optimizer = tb.BilevelOptimizer(
         optimizer_of(kind, net.parameters()),
         torch.optim.SGD([weights], lr=0.1),
@@ -82,7 +110,7 @@ def ours(kind, steps, estimator):
 
 def higher_unrolled(kind, steps):
     net, (x, y) = model(), data()
-    weights = torch.zeros(BATCH, requires_grad=True)
+    weights = torch.zeros(len(x), requires_grad=True)
     optimizer = optimizer_of(kind, net.parameters())
     with higher.innerloop_ctx(net, optimizer) as (fnet, diffopt):
         for _ in range(steps):
@@ -93,7 +121,7 @@ def higher_unrolled(kind, steps):
 
 def torchopt_unrolled(kind, steps):
     net, (x, y) = model(), data()
-    weights = torch.zeros(BATCH, requires_grad=True)
+    weights = torch.zeros(len(x), requires_grad=True)
     options = {"momentum": 0.9} if kind == "SGD" else {}
     optimizer = getattr(torchopt, f"Meta{kind}")(net, lr=1e-3, **options)
     for _ in range(steps):
@@ -108,43 +136,60 @@ def peak():
 
 def measure(method, kind, steps):
     """Run one configuration in a process of its own; MiB of peak growth, or None."""
-    command = [sys.executable, __file__, "--one", method, kind, str(steps)]
+    command = [sys.executable, __file__, "--model", MODEL]
+    command += ["--one", method, kind, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 else None
+    return tuple(map(float, done.stdout.split())) if done.returncode == 0 else None
 
 
 def one(method, kind, steps):
     package = {"plain": "torch", "higher": "higher", "torchopt": "torchopt"}
     name = package.get(method, "torch_bilevel")
     globals()[{"torch_bilevel": "tb"}.get(name, name)] = importlib.import_module(name)
+
+    def run():
+        if method == "plain":
+            plain(kind, steps)
+        elif method in ("higher", "torchopt"):
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+                globals()[f"{method}_unrolled"](kind, steps)
+        else:
+            ours(kind, steps, method)
+
     baseline = peak()
-    if method == "plain":
-        plain(kind, steps)
-    elif method in ("higher", "torchopt"):
-        globals()[f"{method}_unrolled"](kind, steps)
-    else:
-        ours(kind, steps, method)
-    print(peak() - baseline)
+    run()
+    growth = peak() - baseline
+    seconds = []
+    for _ in range(3 if steps <= 20 else 1):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    print(growth, min(seconds))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 80])
     parser.add_argument("--peers", action="store_true", help="also higher and TorchOpt")
+    parser.add_argument("--model", choices=KINDS, default="mlp")
+    parser.add_argument("--time", action="store_true", help="seconds over plain's too")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    globals()["MODEL"] = args.model
     if args.one:
         return one(args.one[0], args.one[1], int(args.one[2]))
     numbers = sum(p.numel() for p in model().parameters())
     mib = numbers * 4 / 2**20
-    print(f"torch {torch.__version__}, {numbers:,} parameters, batch {BATCH}; MiB")
+    print(f"torch {torch.__version__}, {numbers:,} parameters; MiB")
     methods = ["plain", "cg", "unrolled", "unrolled(checkpoint_every=9)"]
+    methods += ["unrolled(keep_graph=True)"]
     methods += ["higher", "torchopt"] if args.peers else []
     for kind, vectors in (("SGD", 2), ("Adam", 3)):
         print(f"\n{kind}: an iterate is {vectors * mib:.1f} MiB")
         print(f"{'T':>4s}" + "".join(f"{m:>30s}" for m in methods) + f"{'bars':>22s}")
         for steps in args.steps:
-            found = {method: measure(method, kind, steps) for method in methods}
+            both = {method: measure(method, kind, steps) for method in methods}
+            found = {m: None if v is None else v[0] for m, v in both.items()}
             bars = (
                 1.3 * found["plain"] + steps * vectors * mib,
                 found["plain"] + 20 * vectors * mib,
@@ -152,7 +197,13 @@ def main():
             cells = "".join(
                 f"{'-' if v is None else format(v, '.0f'):>30s}" for v in found.values()
             )
-            print(f"{steps:4d}{cells}{bars[0]:11.0f}{bars[1]:11.0f}")
+            print(f"{steps:4d}{cells}{bars[0]:11.0f}{bars[1]:11.0f}", flush=True)
+            if args.time:
+                cells = "".join(
+                    f"{'-' if v is None else format(v[1] / both['plain'][1], '.2f'):>30s}"
+                    for v in both.values()
+                )
+                print(f"   x{cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .base import Estimate as Estimate
 from .base import Estimator as Estimator
 from .base import EstimatorMemory as EstimatorMemory
 from .base import Situation as Situation
+from .displacement import Displacement as Displacement
 from .first_order import FirstOrder as FirstOrder
 from .forward import Forward as Forward
 from .forward_gradient import ForwardGradient as ForwardGradient

@@ -92,6 +92,7 @@ class Estimator(abc.ABC):
     """A way to compute the hypergradient; subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
+    needs_outer_loss: ClassVar[bool] = True  # whether a task without one learns nothing
     follows: ClassVar[bool] = False  # whether `follow` is to be called after every step
 
     @abc.abstractmethod

@@ -14,3 +14,4 @@ from .imaml import IMAML as IMAML
 from .itdbio import ITDBiO as ITDBiO
 from .maml import MAML as MAML
 from .report import Report as Report
+from .reptile import Reptile as Reptile

@@ -34,6 +34,13 @@ FINN_2017 = """@inproceedings{finn2017model,
   year      = {2017}
 }"""
 
+NICHOL_2018 = """@article{nichol2018first,
+  title   = {On First-Order Meta-Learning Algorithms},
+  author  = {Nichol, Alex and Achiam, Joshua and Schulman, John},
+  journal = {arXiv preprint arXiv:1803.02999},
+  year    = {2018}
+}"""
+
 RAGHU_2020 = """@inproceedings{raghu2020rapid,
   title     = {Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of
                {MAML}},

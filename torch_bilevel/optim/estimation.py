@@ -59,7 +59,9 @@ def run(
     problem = situation.problem
     began, products = time.perf_counter(), problem.num_products
     try:
-        outer = problem.outer_gradients(calls, values)
+        outer = (
+            problem.outer_gradients(calls, values) if calls else problem.no_outer_loss()
+        )
         estimate = estimator.estimate(situation, outer)
     except RuntimeError as error:
         raise_if_no_second_derivative(error)
@@ -213,8 +215,11 @@ def check_numbers(
     zero = dict(zip(names, zeros, strict=True))
     mostly = [
         f"{name} ({fraction:.0%})"
-        for name, fraction, g in zip(names, fractions, gradients, strict=True)
-        if fraction > 0.5 and g.numel() > 1
+        for name, fraction, g, direct in zip(
+            names, fractions, gradients, problem.direct, strict=True
+        )
+        # a unit that is dead gives an initialisation zeros, and that is no mistake
+        if fraction > 0.5 and g.numel() > 1 and direct is not None
     ]
     if mostly:
         warn(

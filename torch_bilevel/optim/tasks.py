@@ -233,10 +233,13 @@ class Task:
         trace: TracebackType | None,
     ) -> None:
         owner = self.owner
-        found = [leaf.grad for leaf in self.leaves] if kind is None else []
-        owner._recorder.thaw()
-        report, steps = owner._step_report, owner._recorder.window.count
-        self._undo.close()
+        with self._undo:  # everything is put back, whatever happens here
+            owner._recorder.thaw()
+            steps = owner._recorder.window.count
+            if kind is None and steps and self.record:
+                self._without_outer_loss()
+            found = [leaf.grad for leaf in self.leaves]
+            report = owner._step_report
         if kind is not None:
             return
         if steps and report is None:
@@ -255,6 +258,15 @@ class Task:
         if self.record and any(part is not None for part in found):
             owner._tasks_done += 1
             owner._step_report = report
+
+    def _without_outer_loss(self) -> None:
+        """What a task gives by itself, if the estimator needs no outer loss and none was used."""
+        owner = self.owner
+        if owner.estimator.needs_outer_loss or owner._step_report is not None:
+            return
+        parts = owner._estimate([], ())
+        for leaf, part in zip(self.leaves, parts, strict=True):
+            leaf.grad = part
 
 
 @contextlib.contextmanager

@@ -247,6 +247,13 @@ class BilevelProblem:
                 found[address] = index
         return found, others
 
+    def no_outer_loss(self) -> OuterGradients:
+        """Zero, for estimators that need no outer loss."""
+        inner, outer = self.inner.layout, self.outer.layout
+        value = torch.zeros((), dtype=inner.dtype, device=inner.device)
+        reached = [False] * len(self.outer.tensors)
+        return OuterGradients(value, inner.zeros(), outer.zeros(), reached)
+
     def outer_gradients(
         self, calls: Sequence[WeightedCall], values: Sequence[Tensor] | None = None
     ) -> OuterGradients:
