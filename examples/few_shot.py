@@ -3,9 +3,9 @@ Few-shot classification by learned initialisations
 ==================================================
 
 An episode shows a few images of classes never seen before and asks for the classes of others.
-What is learned over many episodes is where adaptation begins (MAML, FOMAML, iMAML, Reptile), that and the
-features while only the head adapts (ANIL), or the features alone (ITD-BiO). The loop is the same
-for all: the inner steps and the query loss of an episode inside ``with optimizer.task():``.
+What is learned over many episodes is where adaptation begins (MAML, FOMAML, iMAML, Reptile), that
+and the features while only the head adapts (ANIL), or the features alone (ITD-BiO). The loop is the
+same for all: the inner steps and the query loss of an episode inside ``with optimizer.task():``.
 
     python examples/few_shot.py --method maml                    # digits bundled with scikit-learn
     python examples/few_shot.py --method anil --data FILE.npz    # Omniglot, 28x28

@@ -57,7 +57,8 @@ class KeptGraph:
     def weighted(self, weight: Tensor | float) -> list[Tensor | None]:
         """∇_y of the loss times a weight, with graph."""
         own = self.weight
-        if isinstance(weight, float) and own is not None and weight == own.item():
+        assert own is not None  # the loss was back-propagated
+        if isinstance(weight, float) and weight == own.item():
             return self.parts
         return [None if part is None else part * (weight / own) for part in self.parts]
 
