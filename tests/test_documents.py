@@ -277,3 +277,19 @@ def test_drop_in_differs_in_few_lines():
 def test_drop_in_runs():
     results = example("drop_in.py")["main"]()
     assert results["bilevel"] > results["ordinary"] + 10
+
+
+def test_sinusoid(tmp_path):
+    arguments = ["--outer-steps", "60", "--tasks", "2", "--test-tasks", "30"]
+    results = example("sinusoid.py")["main"]([*arguments, "--output", str(tmp_path)])
+    errors = {name: table[10][0] for name, table in results.items()}
+    assert 0 < errors["MAML"] < errors["pretrained"]
+    assert (tmp_path / "sinusoid.png").stat().st_size > 10000
+
+
+def test_sinusoid_refuses_bad_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sinusoid.py", "--tasks", "0"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "examples/sinusoid.py"), run_name="__main__")
+    assert caught.value.code == 2
+    assert "--tasks must be at least 1" in capsys.readouterr().err
