@@ -165,23 +165,27 @@ class Window:
         Raises:
             TrajectoryTooLong: the records exceed ``max_bytes``.
         """
-        for call, _ in record.calls:
-            if call.kept is not None:
-                call.kept.values = record.values()
         self.records.append(record)
         self.count += 1
-        if self.last is not None:
-            # Everything before the newest usable starting point of the last steps can go.
-            start = len(self.records) - self.last
-            if self.iterates:
-                while start > 0 and not self.records[start].has_iterate:
-                    start -= 1
-            for _ in range(max(start, 0)):
-                self._release(self.records.popleft())
-        if record.has_iterate and (self.auto or self.iterate_bytes):
-            self._thin(record)
+        if self.iterates:
+            for call, _ in record.calls:
+                if call.kept is not None:
+                    call.kept.values = record.values()
+            self._drop_unreachable()
+            if record.has_iterate and (self.auto or self.iterate_bytes):
+                self._thin(record)
+        elif self.last is not None and len(self.records) > self.last:
+            self.records.popleft()
         if self.count >= self._check_at:
             self._check_memory()
+
+    def _drop_unreachable(self) -> None:
+        """Drop everything before the newest usable starting point of the last steps."""
+        start = 0 if self.last is None else len(self.records) - self.last
+        while start > 0 and not self.records[start].has_iterate:
+            start -= 1
+        for _ in range(start):
+            self._release(self.records.popleft())
 
     def _thin(self, newest: StepRecord) -> None:
         """Double the interval between iterates until there are few enough."""

@@ -86,7 +86,7 @@ class Recorder:
         self.removed = False
         self.leftover = False
         self._watched: set[int] = set()
-        self._backward_hook = uncompiled(self._on_backward)
+        self._uncompiled_backward = uncompiled(self._on_backward)
         pre, post = weak(self._before_step), weak(self._after_step)
         for optimizer in self.optimizers:
             self._handles += [
@@ -127,41 +127,32 @@ class Recorder:
             self.thaw()
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        self.present = self.problem()
-        remembered = None if self.paused else self._remember(function, args, kwargs)
+        problem = self.present = self.problem()
+        window = self.window
+        remembered = None
+        if not self.paused:
+            self._outer_grads = list(map(_grad, problem.outer.tensors))
+            if id(function) not in problem.modules.searched:
+                problem.modules.discover(function, (args, kwargs))
+            keep_buffers = window.iterates or self.verify_next
+            remembered = record(function, args, kwargs, problem, keep_buffers)
         self.inside = True
         try:
-            if remembered is not None and self.window.keep_graph:
+            if remembered is not None and window.keep_graph:
                 evaluate = partial(function, *args, **kwargs)
-                result = keep(self.present, remembered, evaluate)
+                result = keep(problem, remembered, evaluate)
             else:
                 self._freeze()
                 result = function(*args, **kwargs)
         finally:
             self.inside = False
-            if self.frozen:
-                self.thaw()
+            while self.frozen:
+                self.frozen.pop().requires_grad = True
         if remembered is not None:
             loss = scalar(result, remembered.name)
             if loss.requires_grad:
-                on_gradient(loss, partial(self._backward_hook, remembered))
+                on_gradient(loss, partial(self._on_backward, remembered))
         return result
-
-    def _remember(
-        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-    ) -> Call:
-        """The call, before it is made."""
-        problem = self.present
-        self._outer_grads = list(map(_grad, problem.outer.tensors))
-        if id(function) not in problem.modules.searched:
-            problem.modules.discover(function, (args, kwargs))
-        return record(
-            function,
-            args,
-            kwargs,
-            problem,
-            keep_buffers=self.window.iterates or self.verify_next,
-        )
 
     def _freeze(self) -> None:
         """Outer variables are constants in the user's own inner call and its backward."""
@@ -176,6 +167,8 @@ class Recorder:
             self.frozen.pop().requires_grad = True
 
     def _on_backward(self, call: Call, weight: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return self._uncompiled_backward(call, weight)
         task = torch._C._current_graph_task_id()
         if task == self._outer_task:
             self._outside(call.name)
@@ -191,7 +184,9 @@ class Recorder:
                 self._freeze()
             done = AfterBackward(self)
             Variable._execution_engine.queue_callback(done)  # type: ignore[attr-defined]
-        self.pending.append((call, number(weight)))
+        # On the CPU a tensor of 4 bytes that outlives the step pins a hole in the heap.
+        value = weight.item() if weight.is_cpu else weight.detach()
+        self.pending.append((call, value))
 
     def after_backward(self) -> None:
         """Keep the calls of a backward that reached ``.grad`` of an inner parameter.
@@ -199,10 +194,14 @@ class Recorder:
         ``torch.autograd.grad(train_loss(...), ...)`` runs the hooks but steps consume nothing
         of it.
         """
-        if self.frozen:
-            self.thaw()
-        version = self._version()
-        before = self._marks  # None is the usual case, without building a list
+        while self.frozen:
+            self.frozen.pop().requires_grad = True
+        version = None
+        for gradient in map(_grad, self.present.inner.tensors):
+            if gradient is not None:
+                version = id(gradient), gradient._version
+                break
+        before = self._marks
         if (version if before is None else self._gradient_marks()) == before:
             del self.pending[self._first :]
         self._grad_version = version
@@ -294,20 +293,24 @@ class Recorder:
             self.pending = []
             return
         fused_scale = getattr(optimizer, "grad_scale", None)
-        calls = self._unscaled(fused_scale)
-        self.pending = []
+        calls, self.pending = self.pending, []
+        if fused_scale is not None or self.grad_scaler is not None:
+            calls = self._unscaled(calls, fused_scale)
+        # Implicit estimators evaluate at the present point, buffers included.
+        window = self.window
+        whole = calls
+        if self.verify_next and not window.iterates:
+            calls = [(replace(call, buffers=None), weight) for call, weight in calls]
         if len(self.optimizers) == 1 and self.current is not None and not again:
             self.current = self._twin = None  # that step raised and never finished
         if self.current is None:
             if not calls and all(p.grad is None for p in self.present.inner.tensors):
                 return  # a step without any gradient changes nothing
-            self.current = StepRecord(
-                self._kept(calls), self.window.count, self.position
-            )
+            self.current = StepRecord(calls, window.count, self.position)
             if self.verify_next:
-                self._twin = StepRecord(calls, self.window.count)
+                self._twin = StepRecord(whole, window.count)
         elif again:
-            self.current.calls, self.current.opaque = self._kept(calls), True
+            self.current.calls, self.current.opaque = calls, True
             self._twin = None
             return
         elif index in self.current.parts:
@@ -317,14 +320,12 @@ class Recorder:
                 "one step of each; call optimizer.step(), which steps all of them."
             )
         elif calls:
-            self.current.calls = self.current.calls + self._kept(calls)
+            self.current.calls = self.current.calls + calls
             if self._twin is not None:
-                self._twin.calls = self._twin.calls + calls
+                self._twin.calls = self._twin.calls + whole
         self.current.parts[index] = (
-            take_part(
-                optimizer, self.window.pool if self.window.wants_iterate() else None
-            )
-            if self.window.iterates
+            take_part(optimizer, window.pool if window.wants_iterate() else None)
+            if window.iterates
             else _NOTHING
         )
         if self._twin is not None:
@@ -342,26 +343,16 @@ class Recorder:
             anchor = [t.detach().clone() for t in self.problem().inner.tensors]
             self.loop = replace(self.loop, proximal=Proximal(proximal_term, anchor))
 
-    def _kept(self, calls: list[WeightedCall]) -> list[WeightedCall]:
-        """The calls without buffer values, where the trajectory is not replayed.
-
-        Implicit estimators evaluate at the present point, buffers included.
-        """
-        if self.window.iterates or not self.verify_next:
-            return calls  # elsewhere they have no buffers
-        return [
-            (replace(call, buffers=None) if call.buffers else call, weight)
-            for call, weight in calls
-        ]
-
-    def _unscaled(self, fused_scale: Tensor | None) -> list[WeightedCall]:
-        scale = fused_scale
-        if scale is None and self.grad_scaler is not None and self.pending:
+    def _unscaled(
+        self, calls: list[WeightedCall], scale: Tensor | None
+    ) -> list[WeightedCall]:
+        """The calls with their weights divided by the scale of the loop's scaler."""
+        if scale is None and calls:
             one = torch.ones((), device=self.present.inner.layout.device)
             scale = self.grad_scaler.scale(one)
         if scale is None:
-            return self.pending
-        return [(call, number(weight / scale)) for call, weight in self.pending]
+            return calls
+        return [(call, number(weight / scale)) for call, weight in calls]
 
     def _after_step(
         self,

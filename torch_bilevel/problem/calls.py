@@ -110,13 +110,17 @@ def record(
         ArgumentCarriesGraph: an argument was computed from something that requires grad.
     """
     name = getattr(function, "__name__", None) or type(function).__name__
+    live = problem.live
     versions: list[tuple[Tensor, int]] = []
     kept = []
     for value in args:
-        kept.append(_keep(value, name, problem.live, versions))
-    named = {}
-    for key, value in kwargs.items():
-        named[key] = _keep(value, name, problem.live, versions)
+        if type(value) is not Tensor or value.grad_fn is not None or id(value) in live:
+            value = _keep(value, name, live, versions)
+        elif not value.is_inference():  # in inference mode it cannot change
+            versions.append((value, value._version))
+        kept.append(value)
+    if kwargs:
+        kwargs = {k: _keep(v, name, live, versions) for k, v in kwargs.items()}
     buffers = None
     if keep_buffers:
         buffers = [(m, n, b.detach().clone()) for m, n, b in problem.modules.buffers()]
@@ -125,7 +129,7 @@ def record(
     return Call(
         function,
         tuple(kept),
-        named,
+        kwargs,
         name,
         versions,
         capture(problem.devices),
@@ -152,10 +156,8 @@ def _keep(
                 "miss what lies before it. Compute it inside the registered loss, or pass "
                 "it detached (.detach()) if it is a constant."
             )
-        try:
+        if not value.is_inference():  # it has no version and cannot change
             versions.append((value, value._version))
-        except RuntimeError:
-            pass  # made in inference mode: it has no version and cannot change
         return value
     kind = type(value)
     if kind is dict:

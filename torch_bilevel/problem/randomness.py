@@ -144,38 +144,43 @@ def _torch_twister() -> tuple[memoryview, memoryview] | None:
 _torch = _TorchState()
 _numpy = _NumpyState()
 _python = _PythonState()
+_twister = _python.owner
+_bytes = memoryview.tobytes
+_bit_generator = np.random.get_bit_generator  # type: ignore[attr-defined]
 
 
-class _Last:
-    """The last captured state and the marks it was captured at."""
-
-    randomness: Randomness | None = None
-    marks: list[bytes] = []
-    gauss: Any = None
+# What every draw on the CPU changes, in one tuple; empty where it cannot be read in place.
+_places: tuple[memoryview, ...] = ()
+_last: tuple[list[bytes], Any, Any, Randomness | None] = [], None, None, None
 
 
 def capture(devices: Sequence[torch.device] = ()) -> Randomness:
     """The present state; the same object while no generator moved.
 
     On the path of every inner step. Every Python frame costs microseconds when the caches are
-    cold, so this one looks at all generators itself.
+    cold, and so does every object it looks at: hence one comparison of bytes.
     """
-    if devices or _torch.pieces is None or _python.near is None:
-        return Randomness(devices)
-    pieces = (*_torch.pieces, _python.near, _numpy.first, _numpy.position)
-    marks = list(map(memoryview.tobytes, pieces))
+    global _places, _last
+    generator = _bit_generator()
+    marks, gauss, numpys, randomness = _last
     if (
-        _Last.randomness is not None
-        and marks == _Last.marks
-        and _Last.gauss == _python.owner.gauss_next  # type: ignore[attr-defined]
-        and np.random.get_bit_generator() is _numpy.generator  # type: ignore[attr-defined]
-        and not _numpy.full["has_gauss"]
+        not devices
+        and generator is numpys
+        and list(map(_bytes, _places)) == marks
+        and _twister.gauss_next == gauss  # type: ignore[attr-defined]
+        and randomness is not None
     ):
-        return _Last.randomness
-    _Last.randomness = Randomness()
-    _Last.marks = marks
-    _Last.gauss = _python.owner.gauss_next  # type: ignore[attr-defined]
-    return _Last.randomness
+        return randomness
+    randomness = Randomness(devices)
+    # numpy's cached normal deviate can be consumed without moving its twister.
+    readable = _torch.pieces and _python.near and generator is _numpy.generator
+    if not devices and readable and not _numpy.full["has_gauss"]:
+        _places = (*_torch.pieces, _python.near, _numpy.first, _numpy.position)  # type: ignore
+        marks = list(map(_bytes, _places))
+        _last = marks, _twister.gauss_next, generator, randomness  # type: ignore
+    else:
+        _last = [], None, None, None
+    return randomness
 
 
 class Randomness:
