@@ -28,6 +28,7 @@ META_ALGORITHMS = {
     "MAML": ("unrolled", {}),
     "FOMAML": ("first_order", {}),
     "ANIL": ("unrolled", {}),
+    "MetaSGD": ("unrolled", {}),
     "Reptile": ("displacement", {}),
     "IMAML": ("cg(max_steps=5)", {"proximal_term": 1.0}),
 }

@@ -200,6 +200,13 @@ def test_every_public_name_is_documented_with_an_example(name, value):
         assert "Args:" in text
 
 
+def test_every_public_name_is_in_the_reference():
+    text = Path("docs/api.md").read_text()
+    for name, value in public():
+        if not (inspect.isclass(value) and issubclass(value, (Exception, Warning))):
+            assert f"torch_bilevel.{name}\n" in text, name
+
+
 def test_every_module_says_what_it_is():
     for name in modules():
         assert importlib.import_module(name).__doc__, name

@@ -97,6 +97,12 @@ class Implicit(Estimator):
                 "'unrolled', 'forward_gradient' or 'first_order', or pull the inner parameters "
                 "to the initialisation: proximal_term=1.0 (iMAML)."
             )
+        if situation.loop.rates is not None:
+            raise InvalidHyperparameters(
+                "optimizer.learn_rates() was called, and the point where an inner optimizer comes "
+                "to rest does not depend on rates, so an implicit estimator has no gradient for "
+                "them. Use 'unrolled'."
+            )
         steps = situation.window.steps()
         curved, crossed = (
             steps[-self.hessian_calls :],

@@ -16,6 +16,7 @@ from .hyperparameters import HyperAdjoint as HyperAdjoint
 from .hyperparameters import Hyperparameters as Hyperparameters
 from .loop import Loop as Loop
 from .loop import Proximal as Proximal
+from .loop import Rates as Rates
 from .muon import MUON as MUON
 from .nadam import NADAM as NADAM
 from .radam import RADAM as RADAM

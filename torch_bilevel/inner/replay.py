@@ -145,11 +145,10 @@ def reverse(
                     problem.inner.overwrite(point.values)
                     at = problem.linearize(record.calls)
                 hyper = stepper.hyper(record)
-                error = stepper.pull_back(
+                error, direct = stepper.pull_back(
                     record, point, at.parts, bar, hyper, following
                 )
                 at.add_joint(bar.gradient, bar.values, result.outer)
-                direct = hyper.to_outer(problem.outer.tensors)
                 problem.outer.layout.add(result.outer, direct)
                 result.reached = [
                     known or there or part is not None

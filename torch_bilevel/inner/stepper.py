@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import BilevelProblem
+from ..problem import BilevelProblem, gradients
 from .adjoint import Adjoint, mismatch, pull_back
 from .hyperparameters import HyperAdjoint, groups_of
 from .loop import Loop
 from .pool import Pool
 from .rule import Hyper, UpdateRule
 from .trajectory import StepRecord, copy_states, tensors_of
-from .verification import consumed
 
 States = list[dict[str, Any]]
 
@@ -209,12 +208,13 @@ class Stepper:
         bar: Adjoint,
         hyper: HyperAdjoint,
         following: Sequence[Tensor],
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Pull the adjoint through a step's rules at a detached gradient, in place.
 
         Returns:
             How far the rules' values are from the recorded next parameters, relative to the
-            step.
+            step; and what outer variables receive that determine hyperparameters or how the
+            gradient is transformed.
         """
         raw = [
             None if g is None else g.detach().to(v.device, bar.values.dtype)
@@ -252,10 +252,13 @@ class Stepper:
         if self.loop.proximal is not None:  # λ (y − a) was added to the gradient
             bar.values.add_(bar.gradient, alpha=self.loop.proximal.weight)
             bar.pull_anchor(-self.loop.proximal.weight)
-        if self.loop.transform is not None:
-            self._through_transform(record, point, raw, gradient_bars)
+        direct = hyper.to_outer(self.problem.outer.tensors)
+        if self.loop.transforms:
+            found = self._through_transform(record, point, raw, gradient_bars)
+            pairs = zip(direct, found, strict=True)
+            direct = [b if a is None else a if b is None else a + b for a, b in pairs]
         eps = max(torch.finfo(value.dtype).eps for value in point.values)
-        return mismatch(norms, eps)
+        return mismatch(norms, eps), direct
 
     def _through_transform(
         self,
@@ -263,24 +266,29 @@ class Stepper:
         point: Point,
         raw: Sequence[Tensor | None],
         bars: Sequence[Tensor],
-    ) -> None:
-        """Pull adjoints of the transformed gradients back to the raw ones, in place."""
+    ) -> list[Tensor | None]:
+        """Pull adjoints of the transformed gradients back to the raw ones, in place.
+
+        Returns:
+            Per outer tensor, what it receives because the transform depends on it.
+        """
         leaves = [None if g is None else g.detach().requires_grad_() for g in raw]
         with torch.enable_grad():
-            used = consumed(leaves, record.present(), point.values, self.loop.transform)
+            used = self.loop.transformed(leaves, record.present(), point.values)
         pairs = [
             (u, bar.view(u.shape).to(u.device))
             for u, bar in zip(used, bars, strict=True)
             if u is not None and u.requires_grad
         ]
-        inputs = [g for g in leaves if g is not None]
-        found = torch.autograd.grad(
-            [u for u, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True
+        new, direct = gradients(
+            [u for u, _ in pairs],
+            [a for _, a in pairs],
+            leaves,
+            self.problem.direct,
         )
-        new = iter(found)
-        for leaf, bar in zip(leaves, bars, strict=True):
-            part = None if leaf is None else next(new)
+        for part, bar in zip(new, bars, strict=True):
             if part is None:
                 bar.zero_()
             else:
                 bar.copy_(part.reshape(-1))
+        return direct

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OpaqueStep
-from ..problem import BilevelProblem
+from ..problem import BilevelProblem, gradients
 from .adjoint import differentiable, leaf, mismatch, step_norms, taken
 from .hyperparameters import HyperAdjoint
 from .loop import Loop
@@ -25,7 +25,7 @@ from .pool import Pool
 from .rule import UpdateRule
 from .stepper import Stepper
 from .trajectory import StepRecord
-from .verification import consumed, tolerance
+from .verification import tolerance
 
 
 class Tangents:
@@ -123,15 +123,17 @@ class Tangents:
         with problem.inner.swapped() as following:
             problem.inner.overwrite(point.values)
             at = problem.linearize(record.calls, outer=True)
-            moved = [
+            rows = [
                 at.tangent(z, e)
                 for z, e in zip(self.values, self.directions, strict=True)
             ]
-        gradients = torch.stack(moved)  # Ġ, a row for each direction
+        moved = torch.stack(rows)  # Ġ, a row for each direction
         hyper = stepper.hyper(record)
         raw = [None if g is None else g.detach() for g in at.parts]
         used = loop.consumed(raw, record.present(), point.values)
-        dots = _transformed(problem, record, point.values, raw, gradients, loop)
+        dots, transform_reached = _transformed(
+            problem, record, point.values, raw, (moved, self.directions), loop
+        )
         if loop.proximal is not None:  # λ (y − a) was added to the gradient
             drift = self.values - problem.to_initial(self.directions)
             rows = torch.split(drift, problem.inner.layout.sizes, dim=1)
@@ -161,9 +163,13 @@ class Tangents:
             self.bounds.append(tolerance(problem, record.calls))
         self.steps += 1
         self.reached = [
-            a or b or c
-            for a, b, c in zip(
-                self.reached, at.outer_reached, hyper_reached, strict=True
+            any(there)
+            for there in zip(
+                self.reached,
+                at.outer_reached,
+                hyper_reached,
+                transform_reached,
+                strict=True,
             )
         ]
 
@@ -263,27 +269,44 @@ def _transformed(
     record: StepRecord,
     values: Sequence[Tensor],
     raw: Sequence[Tensor | None],
-    dots: Tensor,
+    dots: tuple[Tensor, Tensor],
     loop: Loop,
-) -> list[Tensor]:
-    """Tangents of the gradients, through the loop's transform."""
-    pieces = list(torch.split(dots, problem.inner.layout.sizes, dim=1))
-    if loop.transform is None:
-        return pieces
-    leaves = [None if g is None else leaf(g, dots.dtype) for g in raw]
+) -> tuple[list[Tensor], list[bool]]:
+    """Tangents of the gradients, through the loop's transform.
+
+    Args:
+        problem: for the layouts.
+        record: the step.
+        values: the parameters before it.
+        raw: the gradients.
+        dots: tangents of gradients and of outer variables, a row for each direction.
+        loop: has the transform.
+
+    Returns:
+        Per inner parameter, its rows; per outer tensor, whether the transform depends on it.
+    """
+    pieces = list(torch.split(dots[0], problem.inner.layout.sizes, dim=1))
+    if not loop.transforms:
+        return pieces, [False] * len(problem.direct)
+    leaves = [None if g is None else leaf(g, dots[0].dtype) for g in raw]
     with torch.enable_grad():
-        used = consumed(leaves, record.present(), values, loop.transform)
-    inputs = [i for i, g in enumerate(leaves) if g is not None]
-    outputs = [i for i, u in enumerate(used) if u is not None]
+        used = loop.transformed(leaves, record.present(), values)
+    live = {i: u for i, u in enumerate(used) if u is not None and u.requires_grad}
+    outputs = list(live.values())
+    (there,) = gradients(outputs, outputs, problem.direct, retain_graph=True)
+    rows = [*pieces, *torch.split(dots[1], problem.outer.layout.sizes, dim=1)]
+    inputs = [
+        (tensor, row)
+        for tensor, row in zip([*leaves, *problem.direct], rows, strict=True)
+        if tensor is not None and tensor.requires_grad
+    ]
     found = _jacobian_products(
-        [used[i] for i in outputs],  # type: ignore[misc]
-        [leaves[i] for i in inputs],  # type: ignore[misc]
-        [pieces[i] for i in inputs],
+        outputs, [tensor for tensor, _ in inputs], [row for _, row in inputs]
     )
     result = [torch.zeros_like(piece) for piece in pieces]
-    for i, rows in zip(outputs, found, strict=True):
-        result[i] = rows
-    return result
+    for i, row in zip(live, found, strict=True):
+        result[i] = row
+    return result, [part is not None for part in there]
 
 
 def _hyper_tangents(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import ReplayMismatch, UnregisteredTerm
 from ..problem import BilevelProblem, WeightedCall
+from .loop import Loop
 from .trajectory import StepRecord
-from .transforms import GradientTransform
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -29,32 +29,13 @@ def tolerance(problem: BilevelProblem, calls: Sequence[WeightedCall]) -> float:
     return max(TOLERANCES.get(dtype, 5e-2) for dtype in dtypes)
 
 
-def consumed(
-    gradients: Sequence[Tensor | None],
-    present: Sequence[bool],
-    like: Sequence[Tensor],
-    transform: GradientTransform | None,
-) -> list[Tensor | None]:
-    """The gradients a step consumes: those present, after the loop's transform."""
-    kept = [
-        (torch.zeros_like(p) if g is None else g) if there else None
-        for g, there, p in zip(gradients, present, like, strict=True)
-    ]
-    if transform is None:
-        return kept
-    changed = iter(transform([g for g in kept if g is not None]))
-    return [None if g is None else next(changed) for g in kept]
-
-
-def verify(
-    problem: BilevelProblem, record: StepRecord, transform: GradientTransform | None
-) -> None:
+def verify(problem: BilevelProblem, record: StepRecord, loop: Loop) -> None:
     """Recompute the gradient of a recorded step and compare it with the one it consumed.
 
     Args:
         problem: the problem.
         record: a step with iterate and gradient.
-        transform: the declared gradient transform.
+        loop: what was declared about the loop.
 
     Raises:
         ReplayMismatch: they are parallel but of different length (clipping, a scaler).
@@ -75,9 +56,10 @@ def verify(
             [torch.linalg.vector_norm(layout.flatten(part)) for part in parts]
         ).sum()
     present = [g is not None for g in record.gradients()]
-    expected = layout.flatten(
-        consumed(again, present, problem.inner.tensors, transform)
-    )
+    with torch.no_grad():
+        expected = layout.flatten(
+            loop.transformed(again, present, problem.inner.tensors)
+        )
     error = torch.linalg.vector_norm(expected - actual)
     size = torch.maximum(
         torch.linalg.vector_norm(expected), torch.linalg.vector_norm(actual)
@@ -88,7 +70,9 @@ def verify(
     )
     if bool(error <= bound):
         return
-    raise_mismatch(problem, record, expected, actual, float(error / size), transform)
+    raise_mismatch(
+        problem, record, expected, actual, float(error / size), loop.transform
+    )
 
 
 def raise_mismatch(

@@ -13,5 +13,6 @@ from .fomaml import FOMAML as FOMAML
 from .imaml import IMAML as IMAML
 from .itdbio import ITDBiO as ITDBiO
 from .maml import MAML as MAML
+from .metasgd import MetaSGD as MetaSGD
 from .report import Report as Report
 from .reptile import Reptile as Reptile

@@ -262,7 +262,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
                 verify(
                     self.problem,
                     self._recorder.to_verify,
-                    self._recorder.loop.transform,
+                    self._recorder.loop,
                 )
                 self._recorder.to_verify = None
             parts, report, estimate = estimation.run(

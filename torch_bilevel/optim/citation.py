@@ -34,6 +34,13 @@ FINN_2017 = """@inproceedings{finn2017model,
   year      = {2017}
 }"""
 
+LI_2017 = """@article{li2017metasgd,
+  title   = {Meta-SGD: Learning to Learn Quickly for Few-Shot Learning},
+  author  = {Li, Zhenguo and Zhou, Fengwei and Chen, Fei and Li, Hang},
+  journal = {arXiv preprint arXiv:1707.09835},
+  year    = {2017}
+}"""
+
 NICHOL_2018 = """@article{nichol2018first,
   title   = {On First-Order Meta-Learning Algorithms},
   author  = {Nichol, Alex and Achiam, Joshua and Schulman, John},

@@ -328,6 +328,8 @@ class Recorder:
             if window.iterates
             else _NOTHING
         )
+        if self.loop.rates is not None:
+            self.loop.rates.scale(optimizer, self.present.inner.tensors)
         if self._twin is not None:
             self._twin.parts[index] = take_part(
                 optimizer, Pool(), gradients=True, scale=fused_scale

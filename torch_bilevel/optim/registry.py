@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import torch
+from torch import Tensor
+
 from .. import _checks
-from ..errors import BilevelWarning
-from ..inner import GradientTransform, Hyperparameters
+from ..errors import BilevelError, BilevelWarning
+from ..inner import GradientTransform, Hyperparameters, Rates
 from .data import OuterData
 from .hooks import origin, users_frame
+from .levels import parameters
 from .losses import InnerLoss, OuterLoss
 
 if TYPE_CHECKING:
+    from ..problem import BilevelProblem
     from .recorder import Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,7 +35,15 @@ class LossRegistry:
 
     inner_losses: dict[str, InnerLoss]
     outer_losses: dict[str, OuterLoss]
+    outer: torch.optim.Optimizer
     _recorder: Recorder
+
+    if TYPE_CHECKING:
+
+        @property
+        def problem(self) -> BilevelProblem:
+            """Both levels at the live parameters."""
+            ...
 
     def inner_loss(self, function: F) -> F:
         """Register an inner loss g; a decorator.
@@ -127,8 +140,8 @@ class LossRegistry:
     def gradient_transform(self, transform: GradientTransform) -> GradientTransform:
         """Describe what the loop does to the gradients between backward and step.
 
-        It never acts. Unrolled estimators differentiate through it; every estimator needs it to
-        recognise the step as its own.
+        It never acts. Unrolled estimators differentiate through it, also with respect to outer
+        variables that it uses; every estimator needs it to recognise the step as its own.
 
         Args:
             transform: a function of the list of gradients of the inner parameters that have
@@ -184,3 +197,54 @@ class LossRegistry:
             self._recorder.loop, hyperparameters=Hyperparameters(function)
         )
         return function
+
+    def learn_rates(self, rates: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Let outer variables ρ scale the gradients of the inner parameters, entry by entry.
+
+            g ← ρ ∘ g     in ``.grad``, just before every inner step
+
+        With ``SGD(lr=α)`` the learning rate of an entry is then α ρ. Unrolled estimators
+        differentiate through it; implicit ones do not know it, for it does not move the point where
+        an optimizer comes to rest.
+
+        Args:
+            rates: one tensor for each inner parameter and of its shape, which the outer optimizer
+                has. None makes tensors of ones and adds them to it as one more group.
+
+        Returns:
+            The rates.
+
+        Raises:
+            BilevelError: they do not fit.
+
+        Example:
+            >>> import torch, torch_bilevel as tb
+            >>> y = torch.tensor([4.0], requires_grad=True)
+            >>> x = torch.tensor([1.0], requires_grad=True)
+            >>> optimizer = tb.BilevelOptimizer(
+            ...     torch.optim.SGD([y], lr=0.25), torch.optim.SGD([x], lr=0.1),
+            ...     estimator="unrolled")
+            >>> (rate,) = optimizer.learn_rates()
+            >>> train = optimizer.inner_loss(lambda: (x * y**2).sum())
+            >>> valid = optimizer.outer_loss(lambda: (y**2).sum())
+            >>> train().backward(); _ = optimizer.step()
+            >>> valid().backward()      # y₁ = (1 − ρ x / 2) y₀ = 2,  dΦ/dρ = −x y₀ y₁
+            >>> rate.grad
+            tensor([-8.])
+        """
+        tensors = self.problem.inner.tensors
+        if rates is None:
+            rates = [torch.ones_like(t).requires_grad_() for t in tensors]
+            self.outer.add_param_group({"params": rates})
+        known = set(map(id, parameters([self.outer])))
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if [tuple(rate.shape) for rate in rates] != shapes or not all(
+            id(rate) in known for rate in rates
+        ):
+            raise BilevelError(
+                f"rates= must be {len(tensors)} tensors, one of the shape of each inner parameter "
+                f"({', '.join(map(str, shapes[:4]))}{', …' if len(shapes) > 4 else ''}), all of "
+                "them in the outer optimizer. Leave rates= out to have them made and added."
+            )
+        self._recorder.loop = replace(self._recorder.loop, rates=Rates(list(rates)))
+        return list(rates)

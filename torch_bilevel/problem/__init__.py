@@ -16,3 +16,4 @@ from .problem import raise_if_no_second_derivative as raise_if_no_second_derivat
 from .randomness import Randomness as Randomness
 from .randomness import preserved as preserved
 from .variables import Variables as Variables
+from .variables import gradients as gradients
