@@ -293,3 +293,33 @@ def test_sinusoid_refuses_bad_input(monkeypatch, capsys):
         runpy.run_path(str(ROOT / "examples/sinusoid.py"), run_name="__main__")
     assert caught.value.code == 2
     assert "--tasks must be at least 1" in capsys.readouterr().err
+
+
+def test_dataset_distillation(tmp_path):
+    arguments = ["--outer-steps", "150", "--per-class", "2", "--steps", "5"]
+    results = example("dataset_distillation.py")["main"](
+        [*arguments, "--outer-lr", "0.05", "--output", str(tmp_path)]
+    )
+    real, learned, _ = results.values()
+    assert learned > real + 2
+    assert (tmp_path / "dataset_distillation.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "nowhere"], "no file train-images-idx3-ubyte"),
+        (["--per-class", "500"], "--per-class must be at most"),
+        (["--estimator", "unroled"], "Did you mean"),
+    ],
+)
+def test_dataset_distillation_refuses_bad_input(
+    arguments, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["dataset_distillation.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(
+            str(ROOT / "examples/dataset_distillation.py"), run_name="__main__"
+        )
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -79,6 +80,13 @@ def main():
     parser.add_argument("--inner-lr", type=float, default=0.4)
     parser.add_argument("--outer-lr", type=float, default=3e-3)
     parser.add_argument("--cosine", action="store_true", help="decay the outer lr")
+    parser.add_argument(
+        "--average",
+        type=float,
+        default=0.0,
+        metavar="DECAY",
+        help="test an exponential average of the initialisation",
+    )
     parser.add_argument("--rotate", action="store_true", help="rotated classes too")
     parser.add_argument("--every", type=int, default=500, help="tasks between tests")
     parser.add_argument("--test-episodes", type=int, default=600)
@@ -105,13 +113,22 @@ def main():
         for learner in learners.values()
         if args.cosine
     ]
+    averages = {}
+    if args.average:
+        decay = get_ema_multi_avg_fn(args.average)
+        for method, (_, model) in testers.items():
+            averages[method] = AveragedModel(model, multi_avg_fn=decay)
     generator = torch.Generator().manual_seed(args.seed)
     seconds = dict.fromkeys(learners, 0.0)
     rows = []
 
     def test(tasks, episodes):
         for method, (parts, model) in testers.items():
+            present = copy.deepcopy(model.state_dict())
+            if averages:
+                model.load_state_dict(averages[method].module.state_dict())
             table = few_shot.evaluate(parts, model, unseen, args, parts[1], episodes)
+            model.load_state_dict(present)
             final = table[:, -1]
             half = float(1.96 * final.std() / len(final) ** 0.5)
             rows.append((tasks, method, float(final.mean()), half, seconds[method]))
@@ -132,6 +149,8 @@ def main():
             began = time.perf_counter()
             learner.outer_step(episodes)
             seconds[method] += time.perf_counter() - began
+            if averages:
+                averages[method].update_parameters(testers[method][1])
         for schedule in schedules:
             schedule.step()
     test(steps * args.batch, args.test_episodes)
