@@ -1,12 +1,12 @@
-"""Peak memory and time of unrolling, against plain training, `higher` and TorchOpt.
+"""Peak memory of unrolling, against plain training, `higher` and TorchOpt.
 
 A 330 k-parameter MLP at batch 512, or a transformer of two layers, T inner steps and one
 hypergradient. Every measurement is a process of its own: the growth of its peak resident set since
-its imports, then seconds of the same once more (the best of three up to T = 20). The bar of
-the replay is 1.3 × plain training plus the stored iterates (parameters and optimizer state); with
-``checkpoint_every``, plain training plus 20 iterates.
+its imports. The bar of the replay is 1.3 × plain training plus the stored iterates (parameters and
+optimizer state); with ``checkpoint_every``, plain training plus 20 iterates. ``unrolling.py`` measures
+the time of the same.
 
-    python tests/benchmarks/memory.py [--steps 5 20 80] [--peers] [--model transformer] [--time]
+    python tests/benchmarks/memory.py [--steps 5 20 80] [--peers] [--model transformer]
 """
 
 import argparse
@@ -14,7 +14,6 @@ import importlib
 import resource
 import subprocess
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +83,11 @@ def plain(kind, steps):
 
 
 def ours(kind, steps, estimator):
+    window(kind, steps, estimator)()
+
+
+def window(kind, steps, estimator):
+    """A function that takes some inner steps and one hypergradient, again and again."""
     net, (x, y) = model(), data()
     weights = torch.zeros(len(x), requires_grad=True)
     optimizer = tb.BilevelOptimizer(
@@ -101,11 +105,15 @@ def ours(kind, steps, estimator):
     def valid_loss(x, y):
         return F.cross_entropy(net(x), y)
 
-    for _ in range(steps):
-        optimizer.zero_grad()
-        train_loss(x, y).backward()
-        optimizer.step()
-    optimizer.hypergradient(x, y)
+    def run():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            train_loss(x, y).backward()
+            optimizer.step()
+        optimizer.hypergradient(x, y)
+        optimizer.outer.step()  # the next window begins
+
+    return run
 
 
 def higher_unrolled(kind, steps):
@@ -139,32 +147,32 @@ def measure(method, kind, steps):
     command = [sys.executable, __file__, "--model", MODEL]
     command += ["--one", method, kind, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return tuple(map(float, done.stdout.split())) if done.returncode == 0 else None
+    return float(done.stdout) if done.returncode == 0 else None
 
 
 def one(method, kind, steps):
+    use(method)
+    baseline = peak()
+    run(method, kind, steps)
+    print(peak() - baseline)
+
+
+def use(method):
+    """Import what a method needs."""
     package = {"plain": "torch", "higher": "higher", "torchopt": "torchopt"}
     name = package.get(method, "torch_bilevel")
     globals()[{"torch_bilevel": "tb"}.get(name, name)] = importlib.import_module(name)
 
-    def run():
-        if method == "plain":
-            plain(kind, steps)
-        elif method in ("higher", "torchopt"):
-            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-                globals()[f"{method}_unrolled"](kind, steps)
-        else:
-            ours(kind, steps, method)
 
-    baseline = peak()
-    run()
-    growth = peak() - baseline
-    seconds = []
-    for _ in range(3 if steps <= 20 else 1):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    print(growth, min(seconds))
+def run(method, kind, steps):
+    """Some inner steps and one hypergradient, from scratch."""
+    if method == "plain":
+        plain(kind, steps)
+    elif method in ("higher", "torchopt"):
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            globals()[f"{method}_unrolled"](kind, steps)
+    else:
+        ours(kind, steps, method)
 
 
 def main():
@@ -172,7 +180,6 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 80])
     parser.add_argument("--peers", action="store_true", help="also higher and TorchOpt")
     parser.add_argument("--model", choices=KINDS, default="mlp")
-    parser.add_argument("--time", action="store_true", help="seconds over plain's too")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     globals()["MODEL"] = args.model
@@ -188,8 +195,7 @@ def main():
         print(f"\n{kind}: an iterate is {vectors * mib:.1f} MiB")
         print(f"{'T':>4s}" + "".join(f"{m:>30s}" for m in methods) + f"{'bars':>22s}")
         for steps in args.steps:
-            both = {method: measure(method, kind, steps) for method in methods}
-            found = {m: None if v is None else v[0] for m, v in both.items()}
+            found = {method: measure(method, kind, steps) for method in methods}
             bars = (
                 1.3 * found["plain"] + steps * vectors * mib,
                 found["plain"] + 20 * vectors * mib,
@@ -198,12 +204,6 @@ def main():
                 f"{'-' if v is None else format(v, '.0f'):>30s}" for v in found.values()
             )
             print(f"{steps:4d}{cells}{bars[0]:11.0f}{bars[1]:11.0f}", flush=True)
-            if args.time:
-                cells = "".join(
-                    f"{'-' if v is None else format(v[1] / both['plain'][1], '.2f'):>30s}"
-                    for v in both.values()
-                )
-                print(f"   x{cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ no memory to speak of.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Adjoint:
         self.gradient = torch.zeros_like(values)
         self.anchor: Tensor | None = None
         self.states: list[dict[str, Tensor]] = [{} for _ in layout.sizes]
+        self._starts = [0, *accumulate(layout.sizes)]
 
     def pull_anchor(self, alpha: float) -> None:
         """Add the gradient's adjoint to that of what a proximal term pulls to."""
@@ -53,6 +55,21 @@ class Adjoint:
     def parts(self, vector: Tensor) -> Sequence[Tensor]:
         """Flat views of a vector, one per parameter."""
         return torch.split(vector, self.layout.sizes)
+
+    def slice(self, vector: Tensor, run: range) -> Tensor:
+        """The flat view of a vector that belongs to a run of parameters."""
+        start = self._starts[run.start]
+        return vector[start : self._starts[run.stop]]
+
+    def put_state(self, run: range, state: dict[str, Tensor]) -> None:
+        """Set the adjoints of the states of a run of parameters, given flat for all of them."""
+        if len(run) == 1:
+            self.states[run.start] = state
+            return
+        sizes = self.layout.sizes[run.start : run.stop]
+        parts = {key: torch.split(vector, sizes) for key, vector in state.items()}
+        for place, index in enumerate(run):
+            self.states[index] = {key: rows[place] for key, rows in parts.items()}
 
 
 def pull_back(
@@ -97,11 +114,10 @@ def pull_back(
         }
         with torch.enable_grad():
             new_value, new_state = taken(rule, y, g, s, hyper, state_bar)
-        # Copies, for autograd may hand a weight through, into what is written below.
         pairs = [(new_value, value_bar)]
         pairs += [(new_state[key], bar) for key, bar in state_bar.items()]
         pairs = [
-            (output, _cut(bar, piece).view(output.shape).to(output.device, copy=True))
+            (output, _cut(bar, piece).view(output.shape).to(output.device))
             for output, bar in pairs
             if output.requires_grad
         ]
@@ -112,6 +128,15 @@ def pull_back(
             [weight for _, weight in pairs],
             allow_unused=True,
         )
+        # Autograd may hand an adjoint through: copied, unless it stays in its own place.
+        written = [_address(value_bar), *map(_address, state_bar.values())]
+        found = [
+            part.clone()
+            if part is not None
+            and _address(part) in (written[1:] if i == 0 else written)
+            else part
+            for i, part in enumerate(found)
+        ]
         _put(value_bar, piece, found[0])
         _put(gradient_bar, piece, found[1])
         others = 2 + len(hyper_leaves)
@@ -194,8 +219,12 @@ def _put(bar: Tensor, piece: slice | None, value: Tensor | None) -> None:
     into = _cut(bar, piece)
     if value is None:
         into.zero_()
-    else:
+    elif value.data_ptr() != into.data_ptr():
         into.copy_(value.reshape(-1))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from .hyperparameters import HyperAdjoint, groups_of
 from .loop import Loop
 from .pool import Pool
 from .rule import Hyper, UpdateRule
+from .runs import flat, joined, joined_states, runs
 from .trajectory import StepRecord, copy_states, tensors_of
 
 States = list[dict[str, Any]]
@@ -223,31 +224,31 @@ class Stepper:
         with torch.no_grad():
             used = self.loop.consumed(raw, record.present(), point.values)
         norms: list[Tensor] = []
+        updates = self.updates(record, hyper)
         gradient_bars = bar.parts(bar.gradient)
-        for index, ((rule, options), value, g, state, next_value) in enumerate(
-            zip(
-                self.updates(record, hyper),
-                point.values,
-                used,
-                point.states,
-                following,
-                strict=True,
-            )
-        ):
+        for run in runs(updates, point.values, used, point.states, bar.states):
+            first, (rule, options) = run[0], updates[run[0]]
+            g = used[first]
             if g is None:  # torch skipped it: nothing happened
-                gradient_bars[index].zero_()
+                gradient_bars[first].zero_()
                 continue
-            bar.states[index], found = pull_back(
+            where = point.values[first], g, point.states[first]
+            after, before = following[first], bar.states[first]
+            if len(run) > 1:
+                where = joined(run, point.values, used, point.states)
+                after, before = flat(run, following), joined_states(run, bar.states)
+            before, found = pull_back(
                 rule,
                 options,
-                (value, g, state),
-                next_value,
-                bar.parts(bar.values)[index],
-                gradient_bars[index],
-                bar.states[index],
+                where,
+                after,
+                bar.slice(bar.values, run),
+                bar.slice(bar.gradient, run),
+                before,
                 hyper.leaves,
                 hyper.bars,
             )
+            bar.put_state(run, before)
             norms += found
         if self.loop.proximal is not None:  # λ (y − a) was added to the gradient
             bar.values.add_(bar.gradient, alpha=self.loop.proximal.weight)
