@@ -3,8 +3,8 @@
 A 330 k-parameter MLP at batch 512, or a transformer of two layers, T inner steps and one
 hypergradient. Every measurement is a process of its own: the growth of its peak resident set since
 its imports. The bar of the replay is 1.3 × plain training plus the stored iterates (parameters and
-optimizer state); with ``checkpoint_every``, plain training plus 20 iterates. ``unrolling.py`` measures
-the time of the same.
+optimizer state); with ``checkpoint_every``, plain training plus 20 iterates. ``unrolling.py``
+measures the time of the same.
 
     python tests/benchmarks/memory.py [--steps 5 20 80] [--peers] [--model transformer]
 """
