@@ -115,7 +115,7 @@ class Unrolled(Estimator):
         )
         numbers = [record.index for record in back.steps]
         bounds = [tolerance(situation.problem, record.calls) for record in back.steps]
-        check_mismatch(back.mismatch, numbers, bounds, back.rounding)
+        check_mismatch(back.mismatch, numbers, bounds, back.unexplained)
         return Estimate(
             gradient=outer.outer
             + back.outer

@@ -26,6 +26,7 @@ from .pool import Pool
 from .rule import UpdateRule
 from .stepper import Stepper
 from .trajectory import StepRecord
+from .verification import KINK
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Reversed:
         reached: per outer tensor, whether any step depends on it.
         mismatch: per step, how far the rule is from what the optimizer did.
         steps: the records they belong to.
-        rounding: how far rounding of its gradient moves the i-th of them, relative to it.
+        unexplained: the mismatch of the i-th of them with the user's own kernels.
     """
 
     inner: Tensor
@@ -46,14 +47,14 @@ class Reversed:
     reached: list[bool]
     mismatch: list[Tensor]
     steps: list[StepRecord]
-    rounding: Callable[[int], float]
+    unexplained: Callable[[int], float]
 
 
 def check_mismatch(
     errors: Sequence[Tensor],
     numbers: Sequence[int],
     bounds: Sequence[float],
-    rounding: Callable[[int], float] = lambda step: 0.0,
+    unexplained: Callable[[int], float] | None = None,
 ) -> None:
     """Refuse if a rule did not reproduce a recorded step.
 
@@ -61,8 +62,8 @@ def check_mismatch(
         errors: per step, how far the rule is from what the optimizer did.
         numbers: of the steps in the window.
         bounds: per step, how far it may be: the `tolerance` of what it was computed in.
-        rounding: how far rounding of the gradient moves the i-th of these steps, relative to it;
-            asked where an error exceeds the tolerance.
+        unexplained: the error of the i-th of these steps with the user's own kernels; asked where
+            an error exceeds the tolerance and is smaller than `KINK`.
 
     Raises:
         ReplayMismatch: with the step and the relative error.
@@ -74,8 +75,9 @@ def check_mismatch(
     for index, (error, number, bound) in enumerate(
         zip(found, numbers, bounds, strict=True)
     ):
-        # Adam divides by |g|: near a minimum it magnifies the rounding of a tiny gradient.
-        if not error <= bound and not error <= 64 * rounding(index):
+        if not error <= bound and error < KINK and unexplained is not None:
+            error = unexplained(index)
+        if not error <= bound:
             raise ReplayMismatch(
                 f"Replaying inner step {number} of this window does not give the "
                 f"parameters the optimizer produced: the difference is {error:.2e} of the "
@@ -125,7 +127,7 @@ def reverse(
         [tensor is None for tensor in problem.direct],
         [],
         [],
-        lambda index: stepper.rounding(records, result.steps[index]),
+        lambda index: stepper.unexplained(records, result.steps[index]),
     )
     first = len(earlier)
     records = [*earlier, *steps]

@@ -19,6 +19,12 @@ from .loop import Loop
 from .trajectory import StepRecord
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+KINK = 5e-2
+"""What an activation that other kernels move across a kink may do to a gradient or a step.
+
+A larger difference is another program's even where the user's own kernels give none: a dropout
+mask, say, that only they draw.
+"""
 
 
 def tolerance(problem: BilevelProblem, calls: Sequence[WeightedCall]) -> float:
@@ -55,11 +61,7 @@ def verify(problem: BilevelProblem, record: StepRecord, loop: Loop) -> None:
         magnitude = torch.stack(
             [torch.linalg.vector_norm(layout.flatten(part)) for part in parts]
         ).sum()
-    present = [g is not None for g in record.gradients()]
-    with torch.no_grad():
-        expected = layout.flatten(
-            loop.transformed(again, present, problem.inner.tensors)
-        )
+    expected = _expected(problem, record, loop, again)
     error = torch.linalg.vector_norm(expected - actual)
     size = torch.maximum(
         torch.linalg.vector_norm(expected), torch.linalg.vector_norm(actual)
@@ -70,9 +72,29 @@ def verify(problem: BilevelProblem, record: StepRecord, loop: Loop) -> None:
     )
     if bool(error <= bound):
         return
+    if bool(error < KINK * size):
+        with problem.inner.swapped():
+            problem.inner.overwrite(record.values())
+            own = problem.inner_gradients(record.calls, once=True)
+        own = _expected(problem, record, loop, own)
+        if bool(torch.linalg.vector_norm(own - actual) <= bound):
+            return
     raise_mismatch(
         problem, record, expected, actual, float(error / size), loop.transform
     )
+
+
+def _expected(
+    problem: BilevelProblem,
+    record: StepRecord,
+    loop: Loop,
+    gradients: Sequence[Tensor | None],
+) -> Tensor:
+    """What a step would have consumed of some gradients, flat."""
+    present = [g is not None for g in record.gradients()]
+    with torch.no_grad():
+        used = loop.transformed(gradients, present, problem.inner.tensors)
+    return problem.inner.layout.flatten(used)
 
 
 def raise_mismatch(

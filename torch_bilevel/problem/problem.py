@@ -104,10 +104,14 @@ class BilevelProblem:
         return result
 
     @contextlib.contextmanager
-    def evaluating(self, call: Call) -> Iterator[None]:
+    def evaluating(self, call: Call, once: bool = False) -> Iterator[None]:
         """Everything under which a recorded call is evaluated, and differentiated, again.
 
         Generators, buffers, training flags and ``requires_grad`` flags are put back at exit.
+
+        Args:
+            call: the call.
+            once: it is differentiated once only, with the kernels the user's own call ran.
         """
         watch = id(call.function) not in self._watched
         with contextlib.ExitStack() as stack:
@@ -120,9 +124,10 @@ class BilevelProblem:
             stack.enter_context(
                 self.modules.guarded(call.flags, call.buffers, watch=watch)
             )
-            stack.enter_context(
-                second_order(self.modules.recurrent, self.modules.weight_norm)
-            )
+            if not once:
+                stack.enter_context(
+                    second_order(self.modules.recurrent, self.modules.weight_norm)
+                )
             stack.enter_context(torch.enable_grad())
             wanted = [(tensor, True) for tensor in self.constants]
             wanted += [(t, id(t) not in call.frozen) for t in self.inner.tensors]
@@ -159,6 +164,7 @@ class BilevelProblem:
         calls: Sequence[WeightedCall],
         create_graph: bool = False,
         outer: bool = False,
+        once: bool = False,
     ) -> list[Tensor | None]:
         """∇_y Σ w g(x, y), call by call in the order of the user's own backwards.
 
@@ -166,6 +172,7 @@ class BilevelProblem:
             calls: recorded calls with their weights.
             create_graph: keep the graph, for products.
             outer: append ∇_x Σ w g(x, y).
+            once: with the kernels the user's own calls ran, which have no second derivative.
 
         Returns:
             One tensor per inner parameter (and per outer tensor), None where no call reaches it.
@@ -176,7 +183,7 @@ class BilevelProblem:
         wanted = [*self.inner.tensors, *(self.direct if outer else ())]
         total: list[Tensor | None] = [None] * len(wanted)
         for call, weight in calls:
-            with self.evaluating(call):
+            with self.evaluating(call, once):
                 loss = scalar(self.run(call), call.name)
                 (parts,) = gradients(
                     loss,
