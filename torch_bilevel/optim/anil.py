@@ -12,6 +12,8 @@ from .tasks import require_initialisations
 class ANIL(BilevelOptimizer):
     r"""Almost no inner loop: the head adapts, features and the head's initialisation are learned.
 
+    ::
+
         for every task i:                        with optimizer.task():
             w ← x_head;  w ← w − α ∇_w ℓ_S(w, φ), N times
             ĝ += d ℓ_T(w_N, φ)/d(x_head, φ)          (query_loss(...).backward())

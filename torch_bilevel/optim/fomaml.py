@@ -12,6 +12,8 @@ from .tasks import require_initialisations
 class FOMAML(BilevelOptimizer):
     r"""First-order MAML: ĝ = ∇ℓ_T(w_N), every second derivative dropped.
 
+    ::
+
         for every task i:                        with optimizer.task():
             w ← x;  w ← w − α ∇ℓ_S(w), N times       (your loop, your optimizer)
             ĝ += ∇ℓ_T(w_N)                           (query_loss(...).backward())

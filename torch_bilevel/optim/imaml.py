@@ -12,6 +12,8 @@ from .tasks import require_initialisations
 class IMAML(BilevelOptimizer):
     r"""Implicit MAML: adapt to the minimum of a proximal problem, then solve one linear system.
 
+    ::
+
         for every task i:                        with optimizer.task():
             w ≈ argmin ℓ_S(w) + (λ/2)‖w − x‖²        (your loop; the pull is added to .grad)
             ĝ += (I + ∇²ℓ_S(w)/λ)⁻¹ ∇ℓ_T(w)          (query_loss(...).backward())

@@ -12,6 +12,8 @@ from .tasks import require_initialisations
 class MAML(BilevelOptimizer):
     r"""Model-agnostic meta-learning, N steps.
 
+    ::
+
         for every task i:                        with optimizer.task():
             w ← x;  w ← w − α ∇ℓ_S(w), N times       (your loop, your optimizer)
             ĝ += Π_j (I − α∇²ℓ_S(w_j)) ∇ℓ_T(w_N)     (query_loss(...).backward())

@@ -15,6 +15,8 @@ from .tasks import require_initialisations
 class MetaSGD(BilevelOptimizer):
     r"""MAML that also learns how fast, and in which direction, every entry of w adapts.
 
+    ::
+
         for every task i:                        with optimizer.task():
             w ← x;  w ← w − α ρ ∘ ∇ℓ_S(w), N times    (your loop; .grad is multiplied by ρ)
             ĝ += d ℓ_T(w_N) / d(x, ρ)                (query_loss(...).backward())

@@ -12,6 +12,8 @@ from .tasks import require_initialisations
 class Reptile(BilevelOptimizer):
     r"""Move the initialisation towards where training on each task ended.
 
+    ::
+
         for every task i:                        with optimizer.task():
             w ← x;  w ← w − α ∇ℓ(w), N times         (your loop, your optimizer)
             ĝ += x − w                               (at the end of the task, by itself)
