@@ -83,7 +83,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Loop:
-    """What the user declared about the loop.
+    """What the user declared about the inner loop.
 
     Attributes:
         transform: what happens to gradients between ``backward()`` and ``step()``.

@@ -146,7 +146,7 @@ class Recorder:
                 result = function(*args, **kwargs)
         finally:
             self.inside = False
-            while self.frozen:
+            while self.frozen:  # thaw(), without its frame
                 self.frozen.pop().requires_grad = True
         if remembered is not None:
             loss = scalar(result, remembered.name)
@@ -184,7 +184,7 @@ class Recorder:
                 self._freeze()
             done = AfterBackward(self)
             Variable._execution_engine.queue_callback(done)  # type: ignore[attr-defined]
-        # On the CPU a tensor of 4 bytes that outlives the step pins a hole in the heap.
+        # hooks.number(), without its frame
         value = weight.item() if weight.is_cpu else weight.detach()
         self.pending.append((call, value))
 
@@ -194,6 +194,7 @@ class Recorder:
         ``torch.autograd.grad(train_loss(...), ...)`` runs the hooks but steps consume nothing
         of it.
         """
+        # thaw() and _version(), without their frames: this runs once an inner step
         while self.frozen:
             self.frozen.pop().requires_grad = True
         version = None
