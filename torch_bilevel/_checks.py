@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedParameter
+from .errors import BilevelError, UnsupportedParameter
 
 
 def positive_int(owner: str, name: str, value: Any, *, optional: bool = False) -> None:
@@ -49,6 +49,27 @@ def real(
     if not good:
         bound = "> 0" if positive else "≥ 0"
         raise ValueError(f"{owner}({name}={value!r}): {name} must be a number {bound}.")
+
+
+def plain_sgd(owner: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an outer optimizer whose step is not x − lr·G.
+
+    Raises:
+        BilevelError: with what to write.
+    """
+    found = [
+        f"{key}={group[key]}"
+        for group in optimizer.param_groups
+        for key in ("momentum", "weight_decay", "maximize")
+        if group.get(key)
+    ]
+    if not isinstance(optimizer, torch.optim.SGD) or found:
+        seen = ", ".join([type(optimizer).__name__, *dict.fromkeys(found)])
+        raise BilevelError(
+            f"{owner} moves the outer variables by a rule of its own that needs a plain gradient "
+            f"step, and the outer optimizer is {seen}. Write outer=torch.optim.SGD([...], lr=...), "
+            "without momentum or weight decay."
+        )
 
 
 def parameters(role: str, tensors: Sequence[Tensor], names: Sequence[str]) -> None:

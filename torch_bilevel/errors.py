@@ -30,6 +30,7 @@ __all__ = [
     "StalePoint",
     "TrajectoryTooLong",
     "UnknownName",
+    "StepSizeWarning",
     "UnregisteredTerm",
     "UnsupportedParameter",
     "UnusedOuter",
@@ -99,6 +100,10 @@ class NoOuterStepWarning(BilevelWarning):
 
 class ZeroHypergradientWarning(BilevelWarning):
     """More than half of the entries of an outer tensor received exactly zero."""
+
+
+class StepSizeWarning(BilevelWarning):
+    """A step size is larger than a method's theory allows."""
 
 
 class Diverged(BilevelError):

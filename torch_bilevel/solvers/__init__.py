@@ -7,12 +7,24 @@ from .base import Memory as Memory
 from .base import Operator as Operator
 from .base import Solution as Solution
 from .base import Solver as Solver
+from .base import relative as relative
+from .base import solution as solution
 from .cg import CG as CG
+from .cgnr import CGNR as CGNR
 from .direct import Direct as Direct
+from .gmres import GMRES as GMRES
+from .heavy_ball import HeavyBall as HeavyBall
 from .identity import Identity as Identity
 from .minres import MINRES as MINRES
+from .nesterov import Nesterov as Nesterov
 from .neumann import Neumann as Neumann
+from .random_truncated_neumann import (
+    RandomTruncatedNeumann as RandomTruncatedNeumann,
+)
 from .richardson import Richardson as Richardson
+from .sgd import SGDSolver as SGDSolver
+from .stochastic_neumann import StochasticNeumann as StochasticNeumann
+from .stochastic_richardson import StochasticRichardson as StochasticRichardson
 
 REGISTRY: dict[str, type[Solver]] = {
     cls.name: cls

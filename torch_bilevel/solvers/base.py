@@ -25,23 +25,41 @@ from torch import Tensor
 
 @dataclass
 class Operator:
-    """A linear map of flat vectors.
+    """A linear map of flat vectors, or the mean of random ones: A = E[A_ζ].
 
     Attributes:
         apply: the product v ↦ A v.
         size: the dimension.
         symmetric: whether A = Aᵀ.
+        transpose: the product v ↦ Aᵀ v, for a map that is not symmetric.
+        sample: makes an independent A_ζ, the mean of so many batches; None where A is exact.
+        integer: a whole number below the one given, drawn so that it can be drawn again.
     """
 
     apply: Callable[[Tensor], Tensor]
     size: int
     symmetric: bool = True
+    transpose: Callable[[Tensor], Tensor] | None = None
+    sample: Callable[[int], Operator] | None = None
+    integer: Callable[[int], int] | None = None
     num_products: int = 0
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v."""
         self.num_products += 1
         return self.apply(v)
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        """Aᵀ v."""
+        self.num_products += 1
+        if self.symmetric:
+            return self.apply(v)
+        assert self.transpose is not None
+        return self.transpose(v)
+
+    def draw(self, count: int = 1) -> Operator:
+        """An independent sample of A over ``count`` batches; A itself where it is exact."""
+        return self if self.sample is None else self.sample(count)
 
 
 @dataclass
@@ -57,6 +75,7 @@ class Solution:
         curvature: pᵀA p / pᵀp there, or of the last direction.
         diverged: the iteration moved away from the solution.
         safe_step: the step size that would converge, where the solver has one.
+        risky_step: the step size given is larger than the method's theory allows.
     """
 
     value: Tensor
@@ -67,6 +86,7 @@ class Solution:
     curvature: Tensor
     diverged: Tensor
     safe_step: Tensor | None = None
+    risky_step: bool = False
 
     @property
     def status(self) -> str:
@@ -84,11 +104,13 @@ class Memory:
 
     Attributes:
         eigenvalue: λ̂_max of A.
-        eigenvector: the vector that gave it.
+        eigenvector: the vector that gave it; with both ends estimated, the sum of both.
+        smallest: the smallest λ̂ of A, where both ends were estimated.
     """
 
     eigenvalue: Tensor | None = None
     eigenvector: Tensor | None = None
+    smallest: Tensor | None = None
 
 
 class Solver(abc.ABC):
@@ -97,6 +119,7 @@ class Solver(abc.ABC):
     name: ClassVar[str]
     needs_symmetric: ClassVar[bool] = False
     uses_start: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False  # made for a new sample of A in every product
 
     @abc.abstractmethod
     def solve(

@@ -145,37 +145,52 @@ def with_step_size(
     b: Tensor,
     step_size: float | None,
     memory: Memory | None,
+    limit: float | None = None,
+    estimate: Callable[[Operator, Tensor, Memory], Tensor] = largest_eigenvalue,
+    growth: float = 1.05,
 ) -> Solution:
     """Run with the given or an automatic step size, and say why if it diverges.
 
     Divergence has two causes: a step above 2/λ_max, or a negative eigenvalue. The first is
     repaired when the step is automatic and reported with a safe step otherwise; the second is
-    reported as negative curvature with the best iterate.
+    reported as negative curvature with the best iterate. With a ``limit``, a given η is compared
+    once with limit/λ̂_max (at most ten products) and marked as too large for theory. An ``estimate``
+    of both ends of the spectrum tells the two causes apart by the sign of the lower one. The second
+    estimate must exceed the first by the factor ``growth`` to be tried.
     """
     memory = Memory() if memory is None else memory
+    risky = None
     if step_size is not None:
         eta = torch.as_tensor(step_size, dtype=b.dtype, device=b.device)
+        if limit is not None and memory.eigenvalue is None and operator.symmetric:
+            size = largest_eigenvalue(operator, b, memory, max_steps=10)
+            over = bool(size * eta > limit * (1 + 1e-6))
+            risky = limit * _inverse(size) if over else None
     else:
-        if memory.eigenvalue is None:
-            largest_eigenvalue(operator, b, memory)
-        eta = _inverse(memory.eigenvalue)
+        known = memory.eigenvalue
+        eta = _inverse(estimate(operator, b, memory) if known is None else known)
+        # I − ∂Ψᵀ of a contraction: 1 converges, more may not
+        if not operator.symmetric:
+            eta = eta.clamp(max=1.0)
     found = run(eta)
+    found.safe_step, found.risky_step = risky, risky is not None
     if not bool(found.diverged):
         return found
-    size = largest_eigenvalue(operator, b, memory)
-    if step_size is None and bool(size * eta > 1.05):
+    size = estimate(operator, b, memory)
+    if step_size is None and bool(size * eta > growth):
         eta = _inverse(size)
         found = run(eta)
         if not bool(found.diverged):
             return found
     found.safe_step = _inverse(size)
-    if bool(size * eta < 2):
-        # |1 − ηλ| > 1 although η < 2/|λ|_max: some λ is negative.
+    smallest = memory.smallest
+    if bool(size * eta < 2 if smallest is None else smallest < 0):
+        # |1 − ηλ| > 1 although η < 2/|λ|_max, or λ̂_min < 0: some λ is negative.
         found.diverged = torch.zeros_like(found.diverged)
         found.negative_curvature = torch.ones_like(found.diverged)
+        found.curvature = found.curvature if smallest is None else smallest
     return found
 
 
-def _inverse(value: Tensor | None) -> Tensor:
-    assert value is not None
+def _inverse(value: Tensor) -> Tensor:
     return torch.where(value > 0, 1 / value, torch.ones_like(value))
