@@ -12,6 +12,8 @@ from .adam import ADAM as ADAM
 from .adamax import ADAMAX as ADAMAX
 from .adamw import ADAMW as ADAMW
 from .asgd import ASGD as ASGD
+from .fixed_point import FIXED_POINT as FIXED_POINT
+from .fixed_point import FixedPointIteration as FixedPointIteration
 from .hyperparameters import HyperAdjoint as HyperAdjoint
 from .hyperparameters import Hyperparameters as Hyperparameters
 from .loop import Loop as Loop
@@ -22,6 +24,7 @@ from .nadam import NADAM as NADAM
 from .radam import RADAM as RADAM
 from .replay import check_mismatch as check_mismatch
 from .replay import reverse as reverse
+from .rerun import Rerun as Rerun
 from .rmsprop import RMSPROP as RMSPROP
 from .rprop import RPROP as RPROP
 from .rule import Stationarity as Stationarity

@@ -69,18 +69,30 @@ class Hyperparameters:
                     values[key] = value.to(group[key].dtype)  # as the step sees it
         return found
 
+    @torch.no_grad()
+    def numbers(self, position: int, groups: Groups) -> list[dict[str, Any]]:
+        """What the function sets, per group, as the numbers a step sees.
+
+        Raises:
+            InvalidHyperparameters: one is not finite.
+        """
+        found = self.at(position, groups)
+        for values, group in zip(found, groups, strict=True):
+            for key, value in values.items():
+                if not _finite(value):
+                    self._refuse(f"set {key!r} to {_numbers(value)}", groups)
+                if isinstance(group[key], Tensor):
+                    values[key] = group[key].new_tensor(float(value))
+                else:
+                    values[key] = _numbers(value)
+        return found
+
     def write(self, optimizers: Sequence[torch.optim.Optimizer], position: int) -> None:
         """Set the present values in the optimizers' groups."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        with torch.no_grad():
-            for values, group in zip(self.at(position, groups), groups, strict=True):
-                for key, value in values.items():
-                    if not _finite(value):
-                        self._refuse(f"set {key!r} to {_numbers(value)}", groups)
-                    if isinstance(group[key], Tensor):
-                        group[key] = group[key].new_tensor(float(value))
-                    else:
-                        group[key] = _numbers(value)
+        found = self.numbers(position, groups)
+        for values, group in zip(found, groups, strict=True):
+            group.update(values)
 
     def _refuse(self, what: str, groups: Groups) -> None:
         options = ", ".join(k for k in groups[0] if k != "params")

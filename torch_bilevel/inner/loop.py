@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,12 +91,14 @@ class Loop:
         hyperparameters: the function that determines hyperparameters.
         rates: learned factors, by which the library multiplies after the transform.
         proximal: a proximal term, which the library adds after that.
+        smoothness: gives constants of the losses at the present outer variables.
     """
 
     transform: GradientTransform | None = None
     hyperparameters: Hyperparameters | None = None
     rates: Rates | None = None
     proximal: Proximal | None = None
+    smoothness: Callable[[], Any] | None = None
 
     @property
     def transforms(self) -> bool:

@@ -52,7 +52,7 @@ class Reversed:
 
 def check_mismatch(
     errors: Sequence[Tensor],
-    numbers: Sequence[int],
+    numbers: Sequence[int | range],
     bounds: Sequence[float],
     unexplained: Callable[[int], float] | None = None,
 ) -> None:
@@ -60,7 +60,7 @@ def check_mismatch(
 
     Args:
         errors: per step, how far the rule is from what the optimizer did.
-        numbers: of the steps in the window.
+        numbers: of the steps in the window; a range where several were taken in one go.
         bounds: per step, how far it may be: the `tolerance` of what it was computed in.
         unexplained: the error of the i-th of these steps with the user's own kernels; asked where
             an error exceeds the tolerance and is smaller than `KINK`.
@@ -78,10 +78,13 @@ def check_mismatch(
         if not error <= bound and error < KINK and unexplained is not None:
             error = unexplained(index)
         if not error <= bound:
+            several = isinstance(number, range)
+            where = f"s {number[0]} to {number[-1]}" if several else f" {number}"
             raise ReplayMismatch(
-                f"Replaying inner step {number} of this window does not give the "
+                f"Replaying inner step{where} of this window does not give the "
                 f"parameters the optimizer produced: the difference is {error:.2e} of the "
-                "step. The gradient of this step was changed after backward() (clipping "
+                f"{'way' if several else 'step'}. The gradient of "
+                f"{'a' if several else 'this'} step was changed after backward() (clipping "
                 "without optimizer.gradient_transform(...), a hook), a parameter was "
                 "written to by something else than the optimizer, gradients were left over "
                 "from the step before (no zero_grad()), or a term outside the registered "

@@ -60,6 +60,8 @@ class Stepper:
         rules: the update rule of each inner optimizer.
         loop: what was declared about the loop.
         pool: where iterates that are stepped through again are kept for a moment.
+        moved: the outer variables are not where they were, so hyperparameters that depend on them
+            are evaluated again instead of taken from the records.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class Stepper:
         rules: Sequence[UpdateRule],
         loop: Loop,
         pool: Pool,
+        moved: bool = False,
     ):
         self.problem = problem
         self.rules = rules
         self.loop = loop
         self.pool = pool
+        self.moved = moved
         self._last: Sequence[Tensor] = ()  # values of a point that is done with
 
     def start(self, record: StepRecord) -> Point:
@@ -135,9 +139,13 @@ class Stepper:
     ) -> tuple[list[Tensor], States]:
         """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
         used = self.loop.consumed(gradients, record.present(), values)
+        groups = list(groups_of(record.parts))
+        if self.moved and self.loop.hyperparameters is not None:
+            found = self.loop.hyperparameters.numbers(record.position, groups)
+            groups = [{**a, **b} for a, b in zip(groups, found, strict=True)]
         new_values, new_states = [], []
         for (rule, hyper), value, gradient, state in zip(
-            self.updates(record, HyperAdjoint(None, 0, list(groups_of(record.parts)))),
+            self.updates(record, HyperAdjoint(None, 0, groups)),
             values,
             used,
             states,

@@ -43,6 +43,7 @@ class Call:
         buffers: buffer values at entry, kept where the trajectory is replayed.
         frozen: ids of the inner parameters that did not require grad.
         kept: the graphs of the user's own evaluation, where they are kept.
+        is_map: the function is a fixed-point map, whose residual is what steps consume.
     """
 
     function: Callable[..., Any]
@@ -56,6 +57,7 @@ class Call:
     buffers: list | None = None
     frozen: Set[int] = frozenset()
     kept: KeptGraph | None = None
+    is_map: bool = False
 
     def check_unchanged(self) -> None:
         """Refuse to evaluate on a batch that was modified in place since.
@@ -228,6 +230,23 @@ def scalar(result: Any, name: str) -> Tensor:
             f"dtype {loss.dtype}; return one real number, for example with .mean()."
         )
     return loss
+
+
+def residual(call: Call, result: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The residual y − Ψ(y, x) per inner parameter, from what a map returned.
+
+    Raises:
+        InvalidLoss: it is not one tensor of its shape for each inner parameter.
+    """
+    found = [result] if isinstance(result, Tensor) else list(result or ())
+    shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v) for v in found]
+    expected = [tuple(t.shape) for t in tensors]
+    if shapes != expected:
+        raise InvalidLoss(
+            f"The fixed-point map {call.name!r} returned {shapes}; return the new value of every "
+            f"inner parameter, in the order of the optimizer: tensors of shapes {expected}."
+        )
+    return [t - value for t, value in zip(tensors, found, strict=True)]
 
 
 def with_loss(result: Any, loss: Tensor) -> Any:

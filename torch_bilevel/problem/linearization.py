@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from .._vector import Layout
 from ..errors import StalePoint
 from .variables import gradients
 
@@ -30,6 +32,8 @@ class Linearization:
         parts: ∇_y g per inner parameter with graph, None where not reached.
         outer_parts: ∇_x g per outer tensor with graph, for tangents.
         reusable: the graph outlives `add_joint`.
+        symmetric: the parts are a gradient; for the residual of a map, H stands for (∂_y G)ᵀ and
+            J for (∂_x G)ᵀ.
     """
 
     def __init__(
@@ -38,11 +42,13 @@ class Linearization:
         parts: Sequence[Tensor | None],
         outer_parts: Sequence[Tensor | None] = (),
         reusable: bool = False,
+        symmetric: bool = True,
     ):
         self.problem = problem
         self.parts = list(parts)
         self.outer_parts = list(outer_parts)
         self.reusable = reusable
+        self.symmetric = symmetric
         self.reached = [False] * len(problem.outer.tensors)
         self._token = self._now()
         self._live = [
@@ -69,6 +75,46 @@ class Linearization:
     def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(H v, J v) from one backward pass, flat."""
         return self._product(v, inner=True, outer=True)
+
+    def transpose(self, u: Tensor) -> Tensor:
+        """Hᵀ u, flat, of the inner layout; two passes where H ≠ Hᵀ."""
+        if self.symmetric:
+            return self.hvp(u)
+        problem = self.problem
+        return self._transposed(u, problem.inner.layout, problem.inner.tensors)
+
+    def cross_transpose(self, u: Tensor) -> Tensor:
+        """Jᵀ u for u of the outer layout, flat, of the inner layout; two passes."""
+        problem = self.problem
+        return self._transposed(u, problem.outer.layout, problem.direct)
+
+    def _transposed(
+        self, u: Tensor, layout: Layout, variables: Sequence[Tensor | None]
+    ) -> Tensor:
+        """∂_w⟨∂⟨G, w⟩, u⟩, the inner derivative with respect to some variables."""
+        self._check()
+        self.problem.num_products += 1
+        inner = self.problem.inner.layout
+        live = [part for part in self.parts if part is not None and part.requires_grad]
+        if not live:
+            return inner.zeros()
+        weights = [torch.zeros_like(part, requires_grad=True) for part in live]
+        (rows,) = gradients(
+            live, weights, variables, retain_graph=True, create_graph=True
+        )
+        pairs = [
+            (row, part)
+            for row, part in zip(rows, layout.split(u), strict=True)
+            if row is not None and row.requires_grad
+        ]
+        result: list[Tensor | None] = [None] * len(self.parts)
+        if pairs:
+            (found,) = gradients(
+                [row for row, _ in pairs], [part for _, part in pairs], weights
+            )
+            for index, part in zip(self._live, found, strict=True):
+                result[index] = part
+        return inner.flatten(result)
 
     def add_joint(self, v: Tensor, inner: Tensor, outer: Tensor) -> None:
         """Add H v to ``inner`` and J v to ``outer``, both flat, in place.

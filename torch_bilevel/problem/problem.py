@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Disconnected, NoSecondDerivative
+from ..errors import Disconnected, NonSymmetricSystem, NoSecondDerivative
 from ..second_order import second_order
-from .calls import AutocastState, Call, WeightedCall, autocast, fresh_containers, scalar
+from .calls import (
+    AutocastState,
+    Call,
+    WeightedCall,
+    autocast,
+    fresh_containers,
+    residual,
+    scalar,
+)
 from .linearization import Linearization
 from .modules import ModuleSet
 from .randomness import preserved
@@ -140,17 +148,33 @@ class BilevelProblem:
             yield
         self._watched.add(id(call.function))
 
+    def _again(self, call: Call) -> Any:
+        call.check_unchanged()
+        with autocast(call.autocast):
+            return call.function(
+                *fresh_containers(call.args), **fresh_containers(call.kwargs)
+            )
+
+    def _map_residual(
+        self, call: Call, weight: Any, create_graph: bool, outer: bool
+    ) -> list[Tensor | None]:
+        if outer:
+            raise NonSymmetricSystem(
+                f"The inner problem is the fixed point of {call.name!r}, which is not the minimum "
+                "of a loss. Forward mode and finite differences of a loss do not know it; use "
+                "'gmres', 'neumann', 'richardson', 'sid' or 'unrolled'."
+            )
+        with torch.set_grad_enabled(create_graph):
+            parts = residual(call, self._again(call), self.inner.tensors)
+        return [part * weight for part in parts]
+
     def run(self, call: Call) -> Any:
         """What a call returns at the present point, with its graph; inside `evaluating`.
 
         Raises:
             Disconnected: the loss has no graph.
         """
-        call.check_unchanged()
-        with autocast(call.autocast):
-            result = call.function(
-                *fresh_containers(call.args), **fresh_containers(call.kwargs)
-            )
+        result = self._again(call)
         if not scalar(result, call.name).requires_grad:
             raise Disconnected(
                 f"The registered loss {call.name!r} does not depend on any inner or outer "
@@ -184,13 +208,16 @@ class BilevelProblem:
         total: list[Tensor | None] = [None] * len(wanted)
         for call, weight in calls:
             with self.evaluating(call, once):
-                loss = scalar(self.run(call), call.name)
-                (parts,) = gradients(
-                    loss,
-                    like(weight, loss),
-                    wanted,
-                    create_graph=create_graph,
-                )
+                if call.is_map:
+                    parts = self._map_residual(call, weight, create_graph, outer)
+                else:
+                    loss = scalar(self.run(call), call.name)
+                    (parts,) = gradients(
+                        loss,
+                        like(weight, loss),
+                        wanted,
+                        create_graph=create_graph,
+                    )
             if all(part is None for part in parts[: len(self.inner.tensors)]):
                 raise Disconnected(
                     f"The inner loss {call.name!r} does not depend on any inner parameter "
@@ -216,7 +243,8 @@ class BilevelProblem:
         """
         parts = self.inner_gradients(calls, create_graph=True, outer=outer)
         count = len(self.inner.tensors)
-        return Linearization(self, parts[:count], parts[count:])
+        symmetric = not any(call.is_map for call, _ in calls)
+        return Linearization(self, parts[:count], parts[count:], symmetric=symmetric)
 
     def kept(self, calls: Sequence[WeightedCall]) -> Linearization | None:
         """As `linearize`, from the graphs kept of the user's own evaluations; None without any.
