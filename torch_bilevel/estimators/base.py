@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from ..errors import NoUpdateRule
 from ..inner import (
     RULES,
     Loop,
+    StepRecord,
     UpdateRule,
     Window,
     find_rule,
     missing_rule,
 )
-from ..problem import BilevelProblem, OuterGradients
+from ..problem import BilevelProblem, Call, OuterGradients, Ticket, WeightedCall
 from ..solvers import Memory, Solution
 
 
@@ -40,10 +41,36 @@ class EstimatorMemory:
     Attributes:
         adjoint: v of the last outer step, flat; the warm start.
         solver: what the linear solver remembers.
+        directions: per variable, what its `DirectionMemory` remembers.
     """
 
     adjoint: Tensor | None = None
     solver: Memory = field(default_factory=Memory)
+    directions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Sampling(Protocol):
+    """What draws independent samples of the inner objective."""
+
+    @property
+    def note(self) -> str:
+        """Where samples come from, if that is worth telling."""
+        ...
+
+    def ticket(self, step: StepRecord | None = None, full: bool = False) -> Ticket:
+        """A new ticket for samples like the given step, or the last recorded one.
+
+        With ``full``, every sample is the mean over all data, or over the window.
+        """
+        ...
+
+    def number(self, call: Call) -> tuple[int, int]:
+        """The number of the batch a call was made on, and how many there are."""
+        ...
+
+    def outer(self, calls: Sequence[WeightedCall]) -> Sequence[WeightedCall]:
+        """The outer calls of a full pass over their data, or these where there is none."""
+        ...
 
 
 @dataclass
@@ -56,6 +83,8 @@ class Situation:
         optimizers: the inner optimizers, at their present state.
         loop: what the user declared about the inner loop.
         memory: what survives outer steps; read, not written.
+        sampler: draws independent samples of the inner objective.
+        outer_calls: the calls of outer losses that are differentiated, with weights.
     """
 
     problem: BilevelProblem
@@ -63,6 +92,8 @@ class Situation:
     optimizers: Sequence[torch.optim.Optimizer]
     loop: Loop
     memory: EstimatorMemory
+    sampler: Sampling
+    outer_calls: Sequence[WeightedCall] = ()
 
 
 @dataclass
@@ -76,6 +107,8 @@ class Estimate:
         hessian_steps: inner steps whose Hessian was used (implicit).
         solution: the linear solve (implicit).
         adjoint: v, flat, to start the next solve from.
+        bound: on ‖gradient − ∇Φ‖, where it was asked for, 0-d.
+        directions: what direction memories are to remember after the outer step.
         notes: approximations worth telling, one phrase each.
     """
 
@@ -85,6 +118,8 @@ class Estimate:
     hessian_steps: int = 0
     solution: Solution | None = None
     adjoint: Tensor | None = None
+    bound: Tensor | None = None
+    directions: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -94,6 +129,14 @@ class Estimator(abc.ABC):
     name: ClassVar[str]
     needs_outer_loss: ClassVar[bool] = True  # whether a task without one learns nothing
     follows: ClassVar[bool] = False  # whether `follow` is to be called after every step
+    partial: ClassVar[bool] = False  # x moves on one sample: many entries receive zero
+
+    extrapolates: ClassVar[bool] = False  # whether `query` says where x is to stand
+
+    @property
+    def directs(self) -> bool:
+        """Whether `direct` is to be called before every inner step."""
+        return False
 
     @abc.abstractmethod
     def new_window(self, max_bytes: int | None) -> Window:
@@ -108,6 +151,28 @@ class Estimator(abc.ABC):
             NoUpdateRule: it needs a rule that is not known.
         """
 
+    def check_outer(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Refuse an outer optimizer this estimator cannot work with.
+
+        Raises:
+            BilevelError: with what to write.
+        """
+
+    def query(
+        self, state: dict[str, Any], start: Tensor, end: Tensor, lr: Tensor
+    ) -> Tensor:
+        """Where the outer variables are to stand after an outer step.
+
+        Only called if ``extrapolates``; updates ``state``.
+
+        Args:
+            state: what survives outer steps.
+            start: where they stood, flat.
+            end: where the outer optimizer took them.
+            lr: its learning rate, per entry.
+        """
+        return end
+
     def follow(self, situation: Situation) -> None:  # noqa: B027
         """Look at the inner step that has just been recorded, before an outer step is due.
 
@@ -115,6 +180,16 @@ class Estimator(abc.ABC):
 
         Args:
             situation: problem, window, optimizers.
+        """
+
+    def direct(self, situation: Situation, step: StepRecord) -> None:  # noqa: B027
+        """Replace the gradients the inner optimizer is about to consume, in ``.grad``.
+
+        Only called if ``directs``; its memory is written.
+
+        Args:
+            situation: problem, window, optimizers.
+            step: the step about to be taken.
         """
 
     @abc.abstractmethod

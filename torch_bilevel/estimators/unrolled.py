@@ -123,11 +123,3 @@ class Unrolled(Estimator):
             reached=[a or b for a, b in zip(outer.reached, back.reached, strict=True)],
             steps=len(steps),
         )
-
-
-PRESETS = {
-    "truncated": {"window": 20},
-    "checkpointed": {"checkpoint_every": "auto"},
-    "one_step": {"window": 1},
-}
-"""Names for `Unrolled` with options: truncated back-propagation, √K checkpoints, T1–T2."""

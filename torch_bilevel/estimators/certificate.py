@@ -1,0 +1,129 @@
+"""A bound on the error of an implicit hypergradient, from what was computed (a posteriori).
+
+With e = ‖∇_y g(x, y)‖/μ ≥ ‖y − y*‖ and r = ‖∂_y f − H v‖, for g μ-strongly convex in y,
+
+    ‖ĝ − ∇Φ‖ ≤ ‖J‖ r/μ + e (L_B ‖∂_y f‖/μ + (‖J‖ + L_B e)(L_H ‖∂_y f‖/μ² + L_f/μ)) + L_fx e
+
+where L_H, L_B, L_f, L_fx are the Lipschitz constants in y of ∇²_yy g, ∇²_xy g, ∂_y f and ∂_x f. For
+L_H = 0 these are the terms of Ehrhardt & Roberts (2024); whatever y and v come from, it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BilevelError
+from ..problem import Linearization, OuterGradients
+from .base import Situation
+from .system import System
+
+EXACT = 64  # up to so many rows or columns ‖J‖ is computed, beyond it is iterated
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """Constants of the two losses at the present outer variables, for ``certify=True``.
+
+    Numbers or 0-d tensors. They may be larger than the true ones (μ: smaller); the bound is then
+    larger, and true.
+
+    Args:
+        strong_convexity: μ of g in y, weight decay included.
+        hessian: L_H of ∇²_yy g; 0 for a quadratic.
+        cross: L_B of ∇²_xy g.
+        outer: L_f of ∂_y f.
+        outer_cross: L_fx of ∂_x f; 0 where ∂_x f does not depend on y.
+
+    Example:
+        >>> import torch_bilevel as tb
+        >>> tb.Smoothness(strong_convexity=0.1, outer=2.0).hessian
+        0.0
+    """
+
+    strong_convexity: Any
+    hessian: Any = 0.0
+    cross: Any = 0.0
+    outer: Any = 0.0
+    outer_cross: Any = 0.0
+
+
+def bound(
+    situation: Situation,
+    at: System,
+    outer: OuterGradients,
+    v: Tensor,
+    Jv: Tensor,
+) -> Tensor:
+    """The bound of the module's formula, 0-d.
+
+    Args:
+        situation: problem, and the declared constants.
+        at: the system v was solved for.
+        outer: ∂_y f and ∂_x f.
+        v: the adjoint.
+        Jv: what was subtracted from ∂_x f; its difference from J v of ``at`` is added.
+
+    Returns:
+        The bound; about two products and ‖J‖.
+
+    Raises:
+        BilevelError: no constants were declared, or μ is not positive.
+    """
+    declared = situation.loop.smoothness
+    if declared is None:
+        raise BilevelError(
+            "certify=True needs constants of the losses. Register a function that returns them at "
+            "the present outer variables: @optimizer.smoothness above def constants(): return "
+            "tb.Smoothness(strong_convexity=..., hessian=..., cross=..., outer=...)."
+        )
+    like = outer.inner
+    with torch.no_grad():
+        found = declared()
+        mu, L_H, L_B, L_f, L_fx = (
+            torch.as_tensor(value, dtype=like.dtype, device=like.device)
+            for value in (
+                found.strong_convexity,
+                found.hessian,
+                found.cross,
+                found.outer,
+                found.outer_cross,
+            )
+        )
+    if not bool(mu > 0):
+        raise BilevelError(
+            f"Smoothness(strong_convexity={float(mu):.3g}): the bound needs an inner loss that is "
+            "strongly convex, μ > 0."
+        )
+    norm = torch.linalg.vector_norm
+    e = norm(at.residual) / mu
+    r = norm(like - (at.product(v) - at.damping * v))
+    J, b = cross_norm(at.linearization), norm(like)
+    implicit = L_B * b / mu + (J + L_B * e) * (L_H * b / mu**2 + L_f / mu)
+    other = norm(Jv - at.cross(v))  # J v was averaged over other batches
+    return J * r / mu + e * implicit + L_fx * e + other
+
+
+def cross_norm(at: Linearization, max_steps: int = 50) -> Tensor:
+    """‖J‖, the spectral norm: exact for few rows or columns, else power iteration plus 2 %."""
+    inner, outer = at.problem.inner.layout, at.problem.outer.layout
+    if min(inner.numel, outer.numel) <= EXACT:
+        by_rows = outer.numel <= inner.numel
+        basis = torch.eye(
+            outer.numel if by_rows else inner.numel, dtype=inner.dtype
+        ).to(inner.device)
+        apply = at.cross_transpose if by_rows else at.cross
+        return torch.linalg.matrix_norm(torch.stack([apply(u) for u in basis]), 2)
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(outer.numel, generator=generator).to(outer.device, outer.dtype)
+    u, value = u / torch.linalg.vector_norm(u), u.new_zeros(())
+    for _ in range(max_steps):
+        w = at.cross(at.cross_transpose(u))
+        before, value = value, torch.linalg.vector_norm(w)
+        u = torch.where(value > 0, w / value, u)
+        if bool((value - before).abs() <= 1e-3 * value):
+            break
+    return 1.02 * value.sqrt()

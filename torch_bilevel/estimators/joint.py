@@ -1,0 +1,234 @@
+"""Single-loop methods: y, v and x move together, each along one sampled direction.
+
+    D_y = ∇_y g_i(x, y)     D_v = H_i v − ∂_y f_j(x, y)     D_x = ∂_x f_j(x, y) − J_i v
+
+all at the old point (Dagréou et al. 2022, with v of the opposite sign). The inner optimizer steps
+along D_y; v ← v − ρ D_v is the library's; the outer optimizer steps along D_x. SOBA remembers
+nothing, SABA keeps a SAGA table of every sum, SRBA takes SARAH's differences, MA-SOBA averages D_x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._registry import changed, describe
+from ..inner import RULES, StepRecord, Window, stationarity
+from ..problem import BilevelProblem, OuterGradients, WeightedCall, mean_calls
+from ..solvers import relative, solution
+from .base import Estimate, Estimator, Situation
+from .memory import DirectionMemory, Plain, parse_memory
+from .points import at_point, check_memory, direct, present, walk
+from .system import System, check_declared, with_declared
+
+
+@dataclass(frozen=True)
+class Joint(Estimator):
+    """Single-loop directions: v is state and moves once for every inner step.
+
+    With several inner steps in a window, v moves at each of them and x along the mean of D_x; with
+    ``inner_steps=1`` it is the published algorithm. The reported residual is ‖D_v‖/‖∂_y f‖ before
+    the last step.
+
+    Needs: one inner optimizer. Costs: for every inner step a gradient with its graph, one joint
+    product and an evaluation of the outer loss, and the iterate it started from; twice that with a
+    memory that looks back. Tables of `Saga` take 3 p + d numbers for a batch (2 p + d inner, p + d
+    outer).
+
+    Args:
+        adjoint_lr: ρ, the step of v; None takes the learning rate of the inner optimizer's first
+            group, so that its schedule holds for both.
+        damping: added to the diagonal of H, in units of curvature.
+        memory: of the directions of y and v, and of x; a name or an object.
+        outer_memory: of the direction of x, where it is another one.
+
+    Example:
+        >>> import torch_bilevel as tb
+        >>> str(tb.Joint(memory=tb.Saga()))
+        "joint(memory='saga')"
+    """
+
+    adjoint_lr: float | None = None
+    damping: float = 0.0
+    memory: DirectionMemory | str = Plain()
+    outer_memory: DirectionMemory | str | None = None
+
+    name: ClassVar[str] = "joint"
+    partial: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.real(
+            "Joint", "adjoint_lr", self.adjoint_lr, positive=True, optional=True
+        )
+        _checks.real("Joint", "damping", self.damping)
+        object.__setattr__(self, "memory", parse_memory(self.memory))
+        if self.outer_memory is not None:
+            object.__setattr__(self, "outer_memory", parse_memory(self.outer_memory))
+
+    def __str__(self) -> str:
+        options = changed(self)
+        for key in ("memory", "outer_memory"):
+            if key in options:
+                options[key] = str(options[key])
+        return describe(self.name, options)
+
+    @property
+    def directs(self) -> bool:
+        """With a memory of the inner direction; see `Estimator.directs`."""
+        return not isinstance(self.memory, Plain)
+
+    def new_window(self, max_bytes: int | None) -> Window:
+        """A window of iterates."""
+        return Window(iterates=True, max_bytes=max_bytes)
+
+    def check(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Refuse optimizers whose weight decay, or with a memory whose number, is not known."""
+        for optimizer in optimizers:
+            stationarity(optimizer, RULES)
+        check_memory(self, optimizers)
+
+    def direct(self, situation: Situation, step: StepRecord) -> None:
+        """The remembered inner direction into ``.grad``; see `Estimator.direct`."""
+        assert isinstance(self.memory, DirectionMemory)
+        direct(self.memory, situation, step)
+
+    def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
+        """D_x averaged over the window, and v after it; see `Estimator.estimate`."""
+        check_declared(situation)
+        problem = situation.problem
+        walking = Walking(self, situation)
+        total, steps = problem.outer.layout.zeros(), 0
+        with problem.inner.swapped():
+            for step, y in walk(situation):
+                total += walking.advance(step, y)
+                steps += 1
+        at = walking.at
+        assert at is not None
+        declared, reached = with_declared(
+            situation, at, walking.v, problem.outer.layout.zeros(), walking.reached
+        )
+        return Estimate(
+            gradient=total / steps - declared,
+            reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],
+            steps=steps,
+            hessian_steps=steps,
+            solution=solution(
+                walking.v,
+                walking.residual,
+                num_steps=torch.tensor(steps),
+                diverged=~torch.isfinite(walking.residual),
+            ),
+            adjoint=walking.v,
+            directions={"outer": walking.state},
+            notes=["decoupled weight decay held at its present preconditioner"]
+            if at.frozen
+            else [],
+        )
+
+
+class Walking:
+    """v and the remembered sums on the way through a window.
+
+    Attributes:
+        v: the adjoint.
+        state: what the memories remember, per sum, and the last point.
+        reached: per outer tensor, whether a step depends on it.
+        residual: ‖D_v‖/‖∂_y f‖ of the last step.
+        at: the system of the last step.
+    """
+
+    def __init__(self, estimator: Joint, situation: Situation):
+        self.estimator = estimator
+        self.situation = situation
+        problem = situation.problem
+        v = situation.memory.adjoint
+        fits = v is not None and len(v) == problem.inner.layout.numel
+        self.v = v if v is not None and fits else problem.inner.layout.zeros()
+        known = situation.memory.directions.get("outer", {})
+        self.state: dict[str, Any] = {
+            k: dict(s) if isinstance(s, dict) else s for k, s in known.items()
+        }
+        self.x = problem.outer.read()
+        self.reached = [False] * len(problem.outer.tensors)
+        self.residual = torch.zeros(())
+        self.at: System | None = None
+        rate = estimator.adjoint_lr
+        self.rate = (
+            situation.optimizers[0].param_groups[0]["lr"] if rate is None else rate
+        )
+
+    def advance(self, step: StepRecord, y: Tensor) -> Tensor:
+        """Move v by one step; D_x, where the step started."""
+        situation, problem = self.situation, self.situation.problem
+        y_memory = self.estimator.memory
+        x_memory = self.estimator.outer_memory or y_memory
+        memories = {"Hv": y_memory, "fy": y_memory, "Jv": x_memory, "fx": x_memory}
+        directions: dict[str, Tensor] = {}
+        full = {
+            name: memory.refreshes(self.state.get(name, {}))  # type: ignore[union-attr]
+            for name, memory in memories.items()
+        }
+
+        @cache
+        def new(full: bool) -> dict[str, Tensor]:
+            calls, outer = self._calls(step, full)
+            return self._sums(problem, calls, outer, self.v)
+
+        @cache
+        def old() -> dict[str, Tensor]:
+            with at_point(problem, self.state["x"], self.state["y"]):
+                calls, outer = self._calls(step, False)
+                return self._sums(problem, calls, outer, self.state["v"])
+
+        for name, memory in memories.items():
+            assert isinstance(memory, DirectionMemory)
+
+            def row(name: str = name) -> tuple[int, int]:
+                if name in ("Hv", "Jv"):
+                    return situation.sampler.number(present(step))
+                if len(situation.outer_calls) == 1:
+                    return situation.sampler.number(situation.outer_calls[0][0])
+                return 0, 1
+
+            directions[name] = memory.direction(
+                self.state.setdefault(name, {}),
+                new(full[name])[name],
+                lambda name=name: old()[name],
+                row,
+            )
+        self.state["x"], self.state["y"], self.state["v"] = self.x, y, self.v
+        # v ← v − ρ (H v − ∂_y f)
+        D_v = directions["Hv"] - directions["fy"]
+        self.residual = relative(D_v, directions["fy"])
+        self.v = self.v - self.rate * D_v
+        return directions["fx"] - directions["Jv"]
+
+    def _calls(
+        self, step: StepRecord, full: bool
+    ) -> tuple[Sequence[WeightedCall], Sequence[WeightedCall]]:
+        sampler, outer = self.situation.sampler, self.situation.outer_calls
+        if not full:
+            return step.calls, outer
+        return mean_calls(sampler.ticket(step, full).samples(1)), sampler.outer(outer)
+
+    def _sums(
+        self,
+        problem: BilevelProblem,
+        calls: Sequence[WeightedCall],
+        outer: Sequence[WeightedCall],
+        v: Tensor,
+    ) -> dict[str, Tensor]:
+        """H v, J v, ∂_y f and ∂_x f on some calls at the present point."""
+        f = problem.outer_gradients(outer)
+        self.at = System(self.situation, calls, self.estimator.damping)
+        Hv, Jv = self.at.joint(v)
+        reached = self.at.linearization.reached
+        self.at.forget()
+        self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
+        return {"Hv": Hv, "Jv": Jv, "fy": f.inner, "fx": f.outer}
