@@ -23,7 +23,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{meant}Known: {', '.join(known)}."
 
 
-def parse(text: str, known: Mapping[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+def parse(
+    text: str,
+    known: Mapping[str, Any],
+    kind: str,
+    example: str = "cg(max_steps=20, rtol=1e-3)",
+) -> tuple[str, dict[str, Any]]:
     """Split ``"name(option=value)"`` into the name and its options.
 
     Raises:
@@ -43,7 +48,7 @@ def parse(text: str, known: Mapping[str, Any], kind: str) -> tuple[str, dict[str
     except (SyntaxError, ValueError) as error:
         raise UnknownName(
             f"Cannot read the {kind} {text!r} ({error}). Write a name or a name with "
-            f"literal options, such as 'cg(max_steps=20, rtol=1e-3)'."
+            f"literal options, such as {example!r}."
         ) from None
     if name not in known:
         raise UnknownName(f"There is no {kind} named {name!r}. {suggest(name, known)}")
@@ -51,16 +56,23 @@ def parse(text: str, known: Mapping[str, Any], kind: str) -> tuple[str, dict[str
 
 
 def build(cls: type, options: Mapping[str, Any], written: str) -> Any:
-    """An instance of a dataclass, with a readable error for an option it lacks.
+    """An instance of a dataclass, with a readable error for options it lacks.
 
     Raises:
-        UnknownName: an option that ``cls`` does not have.
+        UnknownName: an option that ``cls`` does not have, or one it needs and was not given.
     """
     fields = {field.name for field in dataclasses.fields(cls) if field.init}
     for option in options:
         if option not in fields:
             raise UnknownName(
                 f"{written!r} has no option {option!r}. {suggest(option, fields)}"
+            )
+    for field in dataclasses.fields(cls):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if field.init and needed and field.name not in options:
+            raise UnknownName(
+                f"{written!r} needs the option {field.name!r}: write "
+                f"'{written}({field.name}=...)'."
             )
     return cls(**options)
 

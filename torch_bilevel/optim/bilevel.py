@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, estimators
-from ..errors import LossNotRegistered, NoInnerStep, NoOuterStepWarning
-from ..estimators import Estimator, EstimatorMemory, Situation
-from ..inner import verify
+from ..errors import (
+    BilevelError,
+    LossNotRegistered,
+    NoInnerStep,
+    NoOuterStepWarning,
+)
+from ..estimators import Estimate, Estimator, EstimatorMemory, Situation
+from ..inner import StepRecord, verify
 from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
 from ..second_order import uncompiled_method
 from . import estimation
+from .constraining import Constraints
 from .control import Control
 from .delegation import DelegatingOptimizer
 from .hooks import take_over, users_frame, weak
@@ -31,6 +37,7 @@ from .losses import outer_calls
 from .recorder import Recorder
 from .registry import LossRegistry
 from .report import Report
+from .sampling import Sampler
 from .tasks import Task, TaskLoop
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,6 +61,11 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         proximal_term: λ of a term (λ/2)‖y − a‖² of the inner objective that is not part of the
             loss: its gradient is added to ``.grad`` just before each inner step. a is the inner
             parameters when the trajectory began (task, `restart`, construction); see `IMAML`.
+        constraints: projections and proximal maps of outer tensors, applied right after every outer
+            step, whoever takes it: one for all, a name (``"simplex"``) or a `Constraint`, or a
+            list with one, or None, for each tensor of ``outer`` in order (tensors added later
+            have none). A proximal map (`L1`, `Group`) adds its h to Φ; the outer loss that is
+            reported is f without h.
         grad_scaler: the ``torch.amp.GradScaler`` of the loop, if it uses one.
         unused: what to do about outer variables that reach no loss: ``"error"`` or ``"zero"``.
         strict: raise on negative curvature instead of warning once.
@@ -64,9 +76,11 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         history: how many reports are kept.
 
     Raises:
-        UnknownName: the estimator or one of its options does not exist.
+        UnknownName: the estimator, a constraint or one of their options does not exist.
         UnsupportedParameter: a parameter is sparse, complex, expanded, not a leaf, ...
         NoUpdateRule: the estimator needs an update rule that ``inner`` has not.
+        BilevelError: there are not as many constraints as outer tensors, or one is a proximal map
+            and ``outer`` is not plain SGD.
 
     Example:
         >>> import torch, torch_bilevel as tb
@@ -96,6 +110,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         estimator: Any = "cg",
         inner_steps: int | None = None,
         proximal_term: float | None = None,
+        constraints: Any = None,
         grad_scaler: Any = None,
         unused: str = "error",
         strict: bool = False,
@@ -134,18 +149,24 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self._modules = ModuleSet(given)
         self._estimator = estimators.parse(estimator)
         self._estimator.check(self.inners)
+        self._estimator.check_outer(outer)
         self._memories: dict[tuple[str, ...], EstimatorMemory] = {}
-        self._adjoints: dict[tuple[str, ...], Tensor] = {}  # of the coming outer step
+        self._found: dict[tuple[str, ...], Estimate] = {}  # for the coming outer step
         self._warned: set[type[Warning]] = set()
         self._outer_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._problem: BilevelProblem | None = None
+        names = self.problem.outer.layout.names
+        self._constraints = Constraints(constraints, outer, self._estimator, names)
         self._recorder = Recorder(
             self.inners,
             partial(attrgetter("problem"), self),
             self._estimator.new_window(max_record_bytes),
             grad_scaler,
             self._after_inner_step,
+            self._before_inner_step,
         )
+        self._recorder.directs = self._estimator.directs
+        self._sampler = Sampler(self)
         self._recorder.watch_outer(self.problem.constants)
         self._recorder.begin(proximal_term)
         self._task: Task | None = None
@@ -277,20 +298,36 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self.last_report = report
         if own:
             self._step_report = report
-        if own and estimate.adjoint is not None:
-            self._adjoints[names] = estimate.adjoint
+        if own:
+            self._found[names] = estimate
         return parts
 
     def _situation(self, memory: EstimatorMemory) -> Situation:
         recorder = self._recorder
         return Situation(
-            self.problem, recorder.window, self.inners, recorder.loop, memory
+            self.problem,
+            recorder.window,
+            self.inners,
+            recorder.loop,
+            memory,
+            self._sampler,
         )
 
     def _warn_once(self, category: type[Warning], text: str) -> None:
         if category not in self._warned:
             self._warned.add(category)
             warnings.warn(text, category, stacklevel=users_frame())
+
+    def _before_inner_step(self, step: StepRecord) -> None:
+        """Let the estimator replace the gradients that are about to be consumed."""
+        if self._recorder.grad_scaler is not None:
+            raise BilevelError(
+                f"{self._estimator} replaces gradients before the inner step, and a GradScaler "
+                "scales them. Use bfloat16 autocast, which needs no scaler."
+            )
+        memory = self._memories.setdefault((), EstimatorMemory())
+        with autocast(self.problem.no_autocast):
+            self._estimator.direct(self._situation(memory), step)
 
     def _after_inner_step(self) -> None:
         if self._estimator.follows:
@@ -309,9 +346,14 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
 
     def _after_outer_step(self, *_: Any) -> None:
         """Close the window: adjoints become warm starts, records are dropped."""
-        for names, adjoint in self._adjoints.items():
-            self._memories.setdefault(names, EstimatorMemory()).adjoint = adjoint
-        self._adjoints.clear()
+        for names, found in self._found.items():
+            memory = self._memories.setdefault(names, EstimatorMemory())
+            memory.directions.update(found.directions)
+            if found.adjoint is not None:
+                memory.adjoint = found.adjoint
+        self._found.clear()
+        self._constraints.apply(self.outer)
+        self._extrapolate()
         dropped = len(self._recorder.window)
         self._recorder.window.clear()
         self.outer_steps += 1
@@ -333,27 +375,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
             for hook in list(self._outer_hooks.values()):
                 hook(self, report)
 
-    # --- control ----------------------------------------------------------------------
-
-    @property
-    def estimator(self) -> Estimator:
-        """The estimator; assign a name or an object to change it at run time."""
-        return self._estimator
-
-    @estimator.setter
-    def estimator(self, value: Any) -> None:
-        chosen = estimators.parse(value)
-        chosen.check(self.inners)
-        self._estimator = chosen
-        self._forget_adjoints()
-        window = chosen.new_window(self.max_record_bytes)
-        window.adopt(self._recorder.window)
-        self._recorder.window = window
-
-    def _forget_adjoints(self) -> None:
-        """Start the next solve from zero, and estimate step sizes anew."""
-        self._memories.clear()
-        self._adjoints.clear()
+    # --- levels -----------------------------------------------------------------------
 
     @property
     def problem(self) -> BilevelProblem:

@@ -41,6 +41,13 @@ LI_2017 = """@article{li2017metasgd,
   year    = {2017}
 }"""
 
+LIU_2019 = """@inproceedings{liu2019darts,
+  title     = {{DARTS}: Differentiable Architecture Search},
+  author    = {Liu, Hanxiao and Simonyan, Karen and Yang, Yiming},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2019}
+}"""
+
 NICHOL_2018 = """@article{nichol2018first,
   title   = {On First-Order Meta-Learning Algorithms},
   author  = {Nichol, Alex and Achiam, Joshua and Schulman, John},
@@ -63,6 +70,55 @@ RAJESWARAN_2019 = """@inproceedings{rajeswaran2019meta,
   year      = {2019}
 }"""
 
+SOW_2022 = """@inproceedings{sow2022convergence,
+  title     = {On the Convergence Theory for Hessian-Free Bilevel Algorithms},
+  author    = {Sow, Daouda and Ji, Kaiyi and Liang, Yingbin},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}"""
+
+YANG_2021 = """@inproceedings{yang2021provably,
+  title     = {Provably Faster Algorithms for Bilevel Optimization},
+  author    = {Yang, Junjie and Ji, Kaiyi and Liang, Yingbin},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2021}
+}"""
+
+GRAZZI_2021 = """@inproceedings{grazzi2021convergence,
+  title     = {Convergence Properties of Stochastic Hypergradients},
+  author    = {Grazzi, Riccardo and Pontil, Massimiliano and Salzo, Saverio},
+  booktitle = {International Conference on Artificial Intelligence and Statistics},
+  year      = {2021}
+}"""
+
+DAGREOU_2022 = """@inproceedings{dagreou2022framework,
+  title     = {A framework for bilevel optimization that enables stochastic and global variance
+               reduction algorithms},
+  author    = {Dagr\\'eou, Mathieu and Ablin, Pierre and Vaiter, Samuel and Moreau, Thomas},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}"""
+
+CHEN_2023 = """@article{chen2023accelerated,
+  title   = {An accelerated proximal algorithm for regularized nonconvex and nonsmooth bi-level
+             optimization},
+  author  = {Chen, Ziyi and Kailkhura, Bhavya and Zhou, Yi},
+  journal = {Machine Learning},
+  volume  = {112},
+  number  = {5},
+  pages   = {1433--1463},
+  year    = {2023}
+}"""
+
+_ESTIMATORS = {
+    "unrolled": FRANCESCHI_2017,
+    "darts": LIU_2019,
+    "pzobo": SOW_2022,
+    "joint": DAGREOU_2022,
+    "stochastic_neumann": JI_2021,
+    "stochastic_richardson": GRAZZI_2021,
+}
+
 
 def citation(optimizer: Any) -> str:
     """BibTeX of the algorithm an optimizer is, or of the estimator it uses.
@@ -83,4 +139,6 @@ def citation(optimizer: Any) -> str:
     own = getattr(type(optimizer), "bibtex", None)
     if own:
         return own
-    return FRANCESCHI_2017 if optimizer.estimator.name == "unrolled" else PEDREGOSA_2016
+    estimator = optimizer.estimator
+    name = getattr(estimator, "solver", estimator).name
+    return _ESTIMATORS.get(estimator.name) or _ESTIMATORS.get(name, PEDREGOSA_2016)

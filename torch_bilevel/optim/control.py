@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .. import estimators
+from ..estimators import Estimate, Estimator, EstimatorMemory
 from ..inner import fresh_state
 from . import state
 from .explain import explain
 from .report import Report
 
 if TYPE_CHECKING:
+    from ..problem import BilevelProblem
     from .bilevel import BilevelOptimizer
     from .recorder import Recorder
 
@@ -26,8 +30,67 @@ class Control:
     inners: list[torch.optim.Optimizer]
     _recorder: Recorder
     _outer_hooks: OrderedDict[int, Callable[..., Any]]
-    _forget_adjoints: Callable[[], None]
+    _estimator: Estimator
+    _memories: dict[tuple[str, ...], EstimatorMemory]
+    _found: dict[tuple[str, ...], Estimate]
+    _stood: Tensor | None = None
+    outer: torch.optim.Optimizer
     proximal_term: float | None
+    max_record_bytes: int | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def problem(self) -> BilevelProblem:
+            """Both levels at the live parameters."""
+            ...
+
+    @property
+    def estimator(self) -> Estimator:
+        """The estimator; assign a name or an object to change it at run time."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Any) -> None:
+        chosen = estimators.parse(value)
+        chosen.check(self.inners)
+        chosen.check_outer(self.outer)
+        self._estimator = chosen
+        self._recorder.directs = chosen.directs
+        self._forget_adjoints()
+        window = chosen.new_window(self.max_record_bytes)
+        window.adopt(self._recorder.window)
+        self._recorder.window = window
+
+    def _remember_outer(self) -> None:
+        """Note where the outer variables stand, for estimators that move them on."""
+        if self._estimator.extrapolates:
+            self._stood = self.problem.outer.read()
+
+    def _extrapolate(self) -> None:
+        """Put the outer variables where the estimator queries next."""
+        if not self._estimator.extrapolates or self._stood is None:
+            return
+        outer, start, self._stood = self.problem.outer, self._stood, None
+        rates = [
+            torch.full_like(p, float(group["lr"]), requires_grad=False)
+            for group in self.outer.param_groups
+            for p in group["params"]
+        ]
+        memory = self._memories.setdefault((), EstimatorMemory())
+        state = memory.directions.setdefault("query", {})
+        lr = outer.layout.flatten(rates)
+        where = self._estimator.query(state, start, outer.read(), lr)
+        with torch.no_grad():
+            for tensor, value in zip(
+                outer.tensors, outer.layout.split(where), strict=True
+            ):
+                tensor.copy_(value)
+
+    def _forget_adjoints(self) -> None:
+        """Start the next solve from zero, estimate step sizes anew, forget directions."""
+        self._memories.clear()
+        self._found.clear()
 
     def restart(self) -> None:
         """Start a new inner trajectory at the present parameters.

@@ -15,6 +15,7 @@ from ..errors import (
     NegativeCurvatureWarning,
     NoInnerStep,
     NonFinite,
+    StepSizeWarning,
     UnregisteredTerm,
     UnusedOuter,
     ZeroHypergradientWarning,
@@ -62,6 +63,7 @@ def run(
         outer = (
             problem.outer_gradients(calls, values) if calls else problem.no_outer_loss()
         )
+        situation.outer_calls = calls
         estimate = estimator.estimate(situation, outer)
     except RuntimeError as error:
         raise_if_no_second_derivative(error)
@@ -82,6 +84,7 @@ def run(
         products=problem.num_products - products,
         seconds=time.perf_counter() - began,
         zeros=fractions,
+        bound=estimate.bound,
         residual=found.residual if found else None,
         solver_steps=found.num_steps if found else None,
         status=status,
@@ -206,6 +209,14 @@ def check_numbers(
             "16-bit). torch.autograd.detect_anomaly() around optimizer.outer_step(...) names "
             "the operation."
         )
+    if found and found.risky_step and found.safe_step is not None:
+        warn(
+            StepSizeWarning,
+            f"The step size of {estimator} is larger than the method allows with samples: "
+            f"η < 1/λ_max of the inner Hessian, about {_inverse(found.safe_step)}. "
+            f"step_size={float(found.safe_step):.3g} would be safe; leave it out to have it "
+            "estimated.",
+        )
     if found and negative:
         text = _negative(estimator, found)
         if strict:
@@ -221,7 +232,7 @@ def check_numbers(
         # a unit that is dead gives an initialisation zeros, and that is no mistake
         if fraction > 0.5 and g.numel() > 1 and direct is not None
     ]
-    if mostly:
+    if mostly and not estimator.partial:
         warn(
             ZeroHypergradientWarning,
             f"More than half of the entries of {', '.join(mostly)} received exactly zero from "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import NoUpdateRule
-from ..estimators import Implicit, Unrolled
+from ..estimators import Estimator, Implicit, Joint, Stochastic, Unrolled
 from ..inner import RULES, find_rule, stationarity
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def explain(optimizer: BilevelOptimizer) -> str:
         f"  x  outer: {outer.numel:,} numbers in {len(outer.names)} tensors "
         f"({', '.join(outer.names[:3])}{', …' if len(outer.names) > 3 else ''}), moved by your "
         f"{type(optimizer.outer).__name__}",
+        f"  constraints: {optimizer._constraints.describe(outer.names)}",
         f"  v  adjoint: {_adjoint(optimizer)}",
         f"  when: {_when(optimizer)}",
         f"  inner losses: {', '.join(optimizer.inner_losses) or 'none registered'}",
@@ -39,8 +40,19 @@ def explain(optimizer: BilevelOptimizer) -> str:
     return "\n".join(lines)
 
 
+def _estimator(optimizer: BilevelOptimizer) -> Estimator:
+    """The estimator of the hypergradient, without what it is wrapped in."""
+    return getattr(optimizer.estimator, "base", optimizer.estimator)
+
+
 def _adjoint(optimizer: BilevelOptimizer) -> str:
-    estimator = optimizer.estimator
+    estimator = _estimator(optimizer)
+    if isinstance(estimator, Joint):
+        rate = estimator.adjoint_lr or "the inner learning rate"
+        return f"state; a step of {rate} along H v − ∂_y f at every inner step"
+    if isinstance(estimator, Stochastic):
+        start = "the last outer step's" if estimator.warm_start else "zero"
+        return f"solved for by {estimator.solver} on new samples, from {start}"
     if not isinstance(estimator, Implicit):
         return "none; the gradient is carried back through the recorded steps"
     warm = estimator.warm_start and estimator.solver.uses_start
@@ -68,7 +80,16 @@ def _outer(optimizer: BilevelOptimizer) -> str:
 
 
 def _batches(optimizer: BilevelOptimizer) -> str:
-    estimator = optimizer.estimator
+    estimator = _estimator(optimizer)
+    if isinstance(estimator, Joint):
+        return "each inner step's own batch, where the step started"
+    if isinstance(estimator, Stochastic):
+        lacking = [k for k, loss in optimizer.inner_losses.items() if loss.data is None]
+        where = (
+            "the steps since the last outer step, drawn again" if lacking else "data="
+        )
+        count = estimator.cross_batches or "as many as there were inner steps"
+        return f"H and J from new samples ({where}); J averaged over {count}"
     if isinstance(estimator, Implicit):
         last = estimator.cross_calls
         cross = (
@@ -81,7 +102,7 @@ def _batches(optimizer: BilevelOptimizer) -> str:
 
 
 def _system(optimizer: BilevelOptimizer) -> str:
-    if not isinstance(optimizer.estimator, Implicit):
+    if not isinstance(_estimator(optimizer), (Implicit, Joint, Stochastic)):
         rules = [find_rule(o, RULES) for o in optimizer.inners]
         return "replayed with " + ", ".join(r.step.__name__ for r in rules if r)
     try:

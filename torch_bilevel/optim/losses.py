@@ -17,9 +17,16 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidLoss, LossNotRegistered, StalePoint
-from ..problem import Call, WeightedCall, evaluations, record, scalar, with_loss
+from ..problem import (
+    Call,
+    DataSource,
+    WeightedCall,
+    evaluations,
+    record,
+    scalar,
+    with_loss,
+)
 from ..second_order import uncompiled
-from .data import OuterData
 
 if TYPE_CHECKING:
     from .bilevel import BilevelOptimizer
@@ -31,11 +38,18 @@ class InnerLoss:
     Args:
         owner: the optimizer it is registered with.
         function: the user's function.
+        data: where stochastic estimators draw fresh batches from, or None.
     """
 
-    def __init__(self, owner: BilevelOptimizer, function: Callable[..., Any]):
+    def __init__(
+        self,
+        owner: BilevelOptimizer,
+        function: Callable[..., Any],
+        data: DataSource | None = None,
+    ):
         functools.update_wrapper(self, function)
         self.function = function
+        self.data = data
         self.name = getattr(function, "__name__", type(function).__name__)
         self._call = uncompiled(owner._recorder.call)
 
@@ -62,7 +76,7 @@ class OuterLoss:
         self,
         owner: BilevelOptimizer,
         function: Callable[..., Any],
-        data: OuterData | None,
+        data: DataSource | None,
         weight: float,
     ):
         functools.update_wrapper(self, function)

@@ -50,6 +50,7 @@ class Recorder:
         window: where finished steps go.
         grad_scaler: the scaler the loop uses, or None.
         on_step: called after every complete inner step.
+        direct: called before an inner step to replace gradients, if the estimator ``directs``.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Recorder:
         window: Window,
         grad_scaler: Any,
         on_step: Callable[[], None],
+        direct: Callable[[StepRecord], None],
     ):
         self.optimizers = list(optimizers)
         self.problem = problem
@@ -66,6 +68,9 @@ class Recorder:
         self.window = window
         self.grad_scaler = grad_scaler
         self.on_step = on_step
+        self.direct = direct
+        self.directs = False
+        self.apply_map: Callable[[], None] | None = None  # when nothing is pending
         self.pending: list[WeightedCall] = []
         self.current: StepRecord | None = None
         self.paused = 0
@@ -249,10 +254,8 @@ class Recorder:
             return True
         if version == self._grad_version:
             return False
-        return not any(
-            p.grad is not None and bool(p.grad.any())
-            for p in self.present.inner.tensors
-        )
+        tensors = self.present.inner.tensors
+        return not any(p.grad is not None and bool(p.grad.any()) for p in tensors)
 
     def _before_step(
         self,
@@ -264,6 +267,8 @@ class Recorder:
             self.thaw()
         if self.paused:
             return None
+        if self.apply_map is not None and not self.pending:
+            self.apply_map()
         if self.loop.hyperparameters is not None:
             self.loop.hyperparameters.write(self.optimizers, self.position)
         index = self.optimizers.index(optimizer)
@@ -335,6 +340,8 @@ class Recorder:
             self._twin.parts[index] = take_part(
                 optimizer, Pool(), gradients=True, scale=fused_scale
             )
+        if self.directs:
+            self.direct(self.current)
         if self.loop.proximal is not None:
             tensors = self.present.inner.tensors
             self.loop.proximal.pull(optimizer, tensors, fused_scale)

@@ -13,10 +13,11 @@ from torch import Tensor
 from .. import _checks
 from ..errors import BilevelError, BilevelWarning
 from ..inner import GradientTransform, Hyperparameters, Rates
-from .data import OuterData
+from ..problem import DataSource
 from .hooks import origin, users_frame
 from .levels import parameters
 from .losses import InnerLoss, OuterLoss
+from .maps import FixedPointMap
 
 if TYPE_CHECKING:
     from ..problem import BilevelProblem
@@ -45,8 +46,14 @@ class LossRegistry:
             """Both levels at the live parameters."""
             ...
 
-    def inner_loss(self, function: F) -> F:
-        """Register an inner loss g; a decorator.
+    @overload
+    def inner_loss(self, function: F, *, data: Any = ...) -> F: ...
+    @overload
+    def inner_loss(
+        self, function: None = ..., *, data: Any = ...
+    ) -> Callable[[F], F]: ...
+    def inner_loss(self, function: Any = None, *, data: Any = None) -> Any:
+        """Register an inner loss g; a decorator, with or without arguments.
 
         The decorated function returns what ``function`` returns: a scalar tensor, a tuple whose
         first item is one, or an object with ``.loss``. What is back-propagated of it, with its
@@ -54,11 +61,55 @@ class LossRegistry:
 
         Args:
             function: computes the training loss; every use of an outer variable lies inside it.
+            data: where stochastic estimators draw independent batches from, beside those of the
+                loop: as in `outer_loss`, or `Batches`. Without it they draw from the recorded
+                steps. A tuple or list is unpacked into arguments.
 
         Returns:
             The function to call in the loop.
         """
-        return self._register(self.inner_losses, InnerLoss(self, function))  # type: ignore[return-value]
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"inner_loss({type(function).__name__}): the first argument is the loss "
+                "function. Data is given by name: @optimizer.inner_loss(data=batches)."
+            )
+        if function is None:
+            return lambda f: self.inner_loss(f, data=data)
+        name = getattr(function, "__name__", type(function).__name__)
+        source = None if data is None else DataSource(data, 1, name, role="inner")
+        return self._register(
+            self.inner_losses,
+            InnerLoss(self, function, source),  # type: ignore[arg-type]
+        )
+
+    def fixed_point_map(self, function: Any = None, *, data: Any = None) -> Any:
+        """Register the inner problem y = Ψ(y, x), in place of an inner loss; a decorator.
+
+        ``inner`` is a `FixedPointIteration`. Its ``step()`` applies the map, on a fresh sample if
+        there is data; calling the decorated function before ``step()`` chooses the arguments.
+        The system of an implicit estimator is (I − ∂_yΨᵀ) v = ∂_y f, which is not symmetric.
+
+        Args:
+            function: returns the new value of every inner parameter, one tensor or several in the
+                order of the optimizer; every use of an outer variable lies inside it.
+            data: where every application draws its arguments from, as in `outer_loss`.
+
+        Returns:
+            The function to call in the loop.
+        """
+        if function is None:
+            return lambda f: self.fixed_point_map(f, data=data)
+        name = getattr(function, "__name__", type(function).__name__)
+        source = None if data is None else DataSource(data, 1, name, role="inner")
+        if self.inner_losses:
+            raise BilevelError(
+                f"fixed_point_map({name}): an inner loss is registered "
+                f"({', '.join(self.inner_losses)}). The inner problem is a minimum or the fixed "
+                "point of one map; register one of them."
+            )
+        registered = FixedPointMap(self, function, source)  # type: ignore[arg-type]
+        self._recorder.apply_map = registered.draw
+        return self._register(self.inner_losses, registered)
 
     @overload
     def outer_loss(
@@ -114,7 +165,7 @@ class LossRegistry:
         if batches != "all":
             _checks.positive_int("outer_loss", "batches", batches)
         name = getattr(function, "__name__", type(function).__name__)
-        source = None if data is None else OuterData(data, batches, name)
+        source = None if data is None else DataSource(data, batches, name)
         return self._register(
             self.outer_losses,
             OuterLoss(self, function, source, weight),  # type: ignore[arg-type]
@@ -152,6 +203,18 @@ class LossRegistry:
         """
         self._recorder.loop = replace(self._recorder.loop, transform=transform)
         return transform
+
+    def smoothness(self, function: F) -> F:
+        """Register constants of the losses, for estimators with ``certify=True``; a decorator.
+
+        Args:
+            function: of nothing; returns a `Smoothness` at the present outer variables.
+
+        Returns:
+            The function.
+        """
+        self._recorder.loop = replace(self._recorder.loop, smoothness=function)
+        return function
 
     def inner_hyperparameters(self, function: F) -> F:
         """Let outer variables determine hyperparameters of the inner optimizers; a decorator.

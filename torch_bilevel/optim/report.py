@@ -22,6 +22,7 @@ class Report:
         products: Hessian- and cross-products computed.
         seconds: wall time of the estimate.
         zeros: per outer tensor, the fraction of entries whose gradient is exactly zero, 0-d.
+        bound: on the error of the hypergradient, where ``certify=True``, 0-d tensor or None.
         residual: ‖∂_y f − H v‖/‖∂_y f‖ of the linear solve, 0-d tensor or None.
         solver_steps: steps of the linear solve, 0-d tensor or None.
         status: how the linear solve ended, or ``""``.
@@ -37,6 +38,7 @@ class Report:
     products: int
     seconds: float
     zeros: dict[str, Tensor]
+    bound: Tensor | None = None
     residual: Tensor | None = None
     solver_steps: Tensor | None = None
     status: str = ""
@@ -50,6 +52,8 @@ class Report:
             f"norm {float(self.norm):.3g}",
             self.estimator,
         ]
+        if self.bound is not None:
+            parts.append(f"error ≤ {float(self.bound):.2g}")
         if self.residual is not None and self.solver_steps is not None:
             parts.append(
                 f"residual {float(self.residual):.1e} in {int(self.solver_steps)} steps"
@@ -71,6 +75,7 @@ class Report:
             "hessian_steps": self.hessian_steps,
             "products": self.products,
             "seconds": self.seconds,
+            "bound": None if self.bound is None else float(self.bound),
             "residual": None if self.residual is None else float(self.residual),
             "solver_steps": None
             if self.solver_steps is None
@@ -84,7 +89,7 @@ class Report:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The inverse of `as_dict`."""
-        tensors = ("loss", "norm", "residual", "solver_steps")
+        tensors = ("loss", "norm", "bound", "residual", "solver_steps")
         plain: dict[str, Any] = {
             k: torch.tensor(v) if k in tensors and v is not None else v
             for k, v in values.items()

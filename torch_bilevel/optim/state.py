@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from ..estimators import EstimatorMemory
 from ..inner import Part, StepRecord, Tangents
 from ..problem import Call, Randomness
 from ..solvers import Memory
+from .maps import FixedPointMap
 from .report import Report
 
 if TYPE_CHECKING:
@@ -55,14 +57,14 @@ def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
                 "adjoint": _clone(memory.adjoint),
                 "eigenvalue": _clone(memory.solver.eigenvalue),
                 "eigenvector": _clone(memory.solver.eigenvector),
+                "smallest": _clone(memory.solver.smallest),
+                "directions": copy.deepcopy(memory.directions),
             }
             for names, memory in optimizer._memories.items()
         ],
-        "data": {
-            name: loss.data.state_dict()
-            for name, loss in optimizer.outer_losses.items()
-            if loss.data is not None
-        },
+        "data": _positions(optimizer.outer_losses),
+        "inner_data": _positions(optimizer.inner_losses),
+        "sampler": optimizer._sampler.state_dict(),
         "history": [report.as_dict() for report in optimizer.history],
         "window": _save_window(optimizer),
     }
@@ -106,26 +108,45 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
             tensor.grad = _clone(gradient)
     recorder.verify_next, recorder.to_verify = True, None
     optimizer.outer_steps = saved["outer_steps"]
-    optimizer._adjoints.clear()
+    optimizer._found.clear()
     optimizer._memories = {
         tuple(item["losses"]): EstimatorMemory(
             _clone(item["adjoint"]),
-            Memory(_clone(item["eigenvalue"]), _clone(item["eigenvector"])),
+            Memory(
+                _clone(item["eigenvalue"]),
+                _clone(item["eigenvector"]),
+                _clone(item["smallest"]),
+            ),
+            copy.deepcopy(item["directions"]),
         )
         for item in saved["memories"]
     }
-    for name, position in saved["data"].items():
-        loss = optimizer.outer_losses.get(name)
-        if loss is None or loss.data is None:
-            raise BilevelError(
-                f"The state_dict has a data position for the outer loss {name!r}, which is not "
-                "registered with data= here. Register the same losses before loading."
-            )
-        loss.data.load_state_dict(position)
+    for role in ("outer", "inner"):
+        losses = getattr(optimizer, f"{role}_losses")
+        for name, position in saved[
+            "data" if role == "outer" else "inner_data"
+        ].items():
+            loss = losses.get(name)
+            if loss is None or loss.data is None:
+                raise BilevelError(
+                    f"The state_dict has a data position for the {role} loss {name!r}, which is "
+                    "not registered with data= here. Register the same losses before loading."
+                )
+            loss.data.load_state_dict(position)
+    optimizer._sampler.load_state_dict(saved["sampler"])
     optimizer.history.clear()
     optimizer.history.extend(Report.from_dict(item) for item in saved["history"])
     optimizer.last_report = optimizer.history[-1] if optimizer.history else None
     _load_window(optimizer, saved["window"])
+
+
+def _positions(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """Per loss with data, where in it drawing is."""
+    return {
+        name: loss.data.state_dict()
+        for name, loss in losses.items()
+        if loss.data is not None
+    }
 
 
 def _clone(value: Tensor | None) -> Tensor | None:
@@ -277,6 +298,7 @@ def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:
         randomness=saved["randomness"]
         and Randomness.from_state_dict(saved["randomness"]),
         autocast=[(k, on, d and getattr(torch, d)) for k, on, d in saved["autocast"]],
+        is_map=isinstance(loss, FixedPointMap),
         flags=flags,
         buffers=buffers,
         frozen={id(optimizer.problem.inner.tensors[i]) for i in saved["frozen"]},

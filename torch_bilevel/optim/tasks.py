@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ from ..problem import BilevelProblem
 from .report import Report
 
 if TYPE_CHECKING:
+    from ..estimators import Estimator
     from .bilevel import BilevelOptimizer
+    from .constraining import Constraints
     from .recorder import Recorder
 
 
@@ -37,6 +40,9 @@ class TaskLoop:
     _recorder: Recorder
     _task: Task | None
     _tasks_done: int
+    _remember_outer: Callable[[], None]
+    _constraints: Constraints
+    _estimator: Estimator
 
     def task(self, record: bool = True, share_buffers: bool = False) -> Task:
         """One task of a meta-learning loop: a context manager.
@@ -118,6 +124,8 @@ class TaskLoop:
                 "step included. Call optimizer.outer_step() after the `with optimizer.task():` "
                 "block."
             )
+        self._constraints.check(self.outer, self._estimator)
+        self._remember_outer()
 
     def _step_over_tasks(self) -> Report:
         """Step along the mean over the tasks; the gradients are spent."""
@@ -221,7 +229,7 @@ class Task:
         recorder.begin(owner.proximal_term)
         owner._tasks_begun += 1
         recorder.window.number = owner._tasks_begun  # random directions of its own
-        self._undo.enter_context(_attributes(owner, _memories={}, _adjoints={}))
+        self._undo.enter_context(_attributes(owner, _memories={}, _found={}))
         if not self.record:
             self._undo.enter_context(recorder.pausing())
         return self
