@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 import torch_bilevel as tb
 
+OUTER = {"adam": (torch.optim.Adam, 0.2), "sgd": (torch.optim.SGD, 300.0)}
+
 
 def read_digits():
     """Images and labels for training (1,000), validation (300) and test (497)."""
@@ -125,7 +127,7 @@ def clean(x, y, x_valid, y_valid, classes, args):
     )  # logits; the weight is their sigmoid
     optimizer = tb.BilevelOptimizer(
         inner=sgd,
-        outer=torch.optim.Adam([weights], lr=args.outer_lr),
+        outer=OUTER[args.outer][0]([weights], lr=args.outer_lr),
         modules=model,
         estimator=args.estimator,
         inner_steps=args.inner_steps,
@@ -227,12 +229,16 @@ def parse_arguments(argv):
         "--batch-size", type=int, default=None, help="500 (MNIST), 100 (digits)"
     )
     parser.add_argument(
-        "--outer-lr", type=float, default=0.2, help="Adam's, on the logits"
+        "--outer", choices=OUTER, default="adam", help="the outer optimizer"
+    )
+    parser.add_argument(
+        "--outer-lr", type=float, default=None, help="0.2 (adam), 300 (sgd)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR", default="data_cleaning_results")
     args = parser.parse_args(argv)
     args.outer_steps = args.outer_steps or (30 if args.data else 60)
+    args.outer_lr = args.outer_lr or OUTER[args.outer][1]
     args.batch_size = args.batch_size or (500 if args.data else 100)
     if not 0 <= args.corruption < 1:
         raise SystemExit2(f"--corruption {args.corruption} must lie in [0, 1)")
@@ -297,6 +303,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except SystemExit2 as error:
+    except (SystemExit2, tb.BilevelError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

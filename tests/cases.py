@@ -5,12 +5,18 @@ A new member of any registry without a row here fails `test_structure.py`.
 
 import torch
 
+import torch_bilevel as tb
+
 ESTIMATORS = {
     # name: what "exact at the solution" needs (None: not exact there)
     "cg": "cg(max_steps=60, rtol=1e-13)",
     "minres": "minres(max_steps=60, rtol=1e-13)",
     "direct": "direct",
+    "gmres": "gmres(max_steps=60, rtol=1e-13)",
+    "cgnr": "cgnr(max_steps=200, rtol=1e-13)",
     "richardson": "richardson(max_steps=20000, rtol=1e-13)",
+    "heavy_ball": "heavy_ball(max_steps=20000, rtol=1e-13)",
+    "nesterov": "nesterov(max_steps=20000, rtol=1e-13)",
     "neumann": "neumann(num_steps=20000)",
     "identity": None,
     "unrolled": None,
@@ -18,11 +24,32 @@ ESTIMATORS = {
     "displacement": None,
     "forward": None,
     "forward_gradient": None,
+    "pzobo": None,
+    "darts": None,
+    "stochastic_neumann": None,
+    "random_truncated_neumann": None,
+    "stochastic_richardson": None,
+    "sgd": None,
+    "joint": None,
+    "accelerated": None,
 }
 
-SYMMETRIC_ONLY = {"cg", "minres"}
+SYMMETRIC_ONLY = {"cg", "minres", "heavy_ball", "nesterov"}
+RANDOM = {"random_truncated_neumann"}  # another number every time, even without batches
 
-ALGORITHMS = {"AIDBiO": "cg(max_steps=10)", "ITDBiO": "unrolled"}
+# estimator and inner steps
+ALGORITHMS = {
+    "AIDBiO": ("cg(max_steps=10)", 10),
+    "ITDBiO": ("unrolled", 10),
+    "PZOBO": ("pzobo", 10),
+    "StocBiO": ("stocbio", 10),
+    "MRBO": ("mrbo", 1),
+    "VRBO": ("vrbo", 10),
+    "SID": ("sid", 20),
+    "SOBA": ("soba", 1),
+    "SABA": ("saba", 1),
+    "ProxBiO": ("nesterov(max_steps=10)", 10),
+}
 # over tasks: estimator and further options
 META_ALGORITHMS = {
     "MAML": ("unrolled", {}),
@@ -31,6 +58,15 @@ META_ALGORITHMS = {
     "MetaSGD": ("unrolled", {}),
     "Reptile": ("displacement", {}),
     "IMAML": ("cg(max_steps=5)", {"proximal_term": 1.0}),
+}
+
+CONSTRAINTS = {
+    "non_negative": ["non_negative"],
+    "box": ["box(lower=-0.5, upper=0.25)", "box(upper=0.5)", "box(lower=-1)"],
+    "simplex": ["simplex", "simplex(total=3.0)"],
+    "ball": ["ball(radius=1.5)", "ball(radius=1.5, p=1)"],
+    "l1": ["l1(weight=0.7)"],
+    "group": ["group(weight=0.7, dim=-1)"],
 }
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -145,6 +181,7 @@ RULES += [
     for kind, table in OTHERS.items()
     for options in table
 ]
+RULES += [(tb.FixedPointIteration, {"damping": 0.05})]
 
 
 def rule_id(case):

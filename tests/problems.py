@@ -95,6 +95,50 @@ class Quadratic(Problem):
         return to_x - self.C @ torch.linalg.solve(self.A, to_y)
 
 
+class FiniteSum(Quadratic):
+    """The mean of n quadratics in either level; a batch is a tensor of indices.
+
+    g_i and f_i have the matrices of `Quadratic` plus noise that sums to zero, so solution and
+    hypergradient are `Quadratic`'s.
+    """
+
+    def __init__(self, n=8, noise=0.3, p=4, d=3, outer_noise=None, coupling=1.0):
+        super().__init__(((p,),), ((d,),))
+        self.C, self.K = coupling * self.C, coupling * self.K
+        self.n, self.p, self.d = n, p, d
+
+        def spread(size, *shape):
+            parts = size * torch.randn(n, *shape)
+            return parts - parts.mean(0)
+
+        outer_noise = noise if outer_noise is None else outer_noise
+        As = noise * torch.rand(n, 1, 1) * torch.stack([spd(p) for _ in range(n)])
+        self.As = self.A + As - As.mean(0)
+        self.Cs, self.as_ = self.C + spread(noise, d, p), self.a + spread(noise, p)
+        self.fs = self.f1 + spread(outer_noise, p)
+        self.hs = self.h1 + spread(outer_noise, d)
+
+    def data(self, batch_size=1, seed=0):
+        return tb.Batches((torch.arange(self.n),), batch_size, seed)
+
+    def train_loss(self, index):
+        (y,), (x,) = self.y, self.x
+        A, C, a = (part[index].mean(0) for part in (self.As, self.Cs, self.as_))
+        return y @ A @ y / 2 + x @ C @ y + a @ y
+
+    def valid_loss(self, index):
+        (y,), (x,) = self.y, self.x
+        direct = x @ self.H @ x / 2 + x @ self.K @ y + self.hs[index].mean(0) @ x
+        return y @ self.F @ y / 2 + direct + self.fs[index].mean(0) @ y
+
+    def minimiser(self):
+        """x* and ∇²Φ, which is constant."""
+        R = -torch.linalg.solve(self.A, self.C.T)
+        hessian = self.H + self.K @ R + (self.K @ R).T + R.T @ self.F @ R
+        x = flat(self.x).detach()
+        return x - torch.linalg.solve(hessian, self.exact()), hessian
+
+
 class Ridge(Problem):
     """One log-penalty per coordinate; optionally by ``weight_decay`` of the optimizer.
 

@@ -9,17 +9,22 @@ from hypothesis import strategies as st
 import torch_bilevel as tb
 from torch_bilevel.solvers import (
     CG,
+    CGNR,
+    GMRES,
     MINRES,
     REGISTRY,
     Direct,
+    HeavyBall,
     Identity,
     Memory,
+    Nesterov,
     Neumann,
     Operator,
     Richardson,
 )
 
 ACCURATE = {name: text for name, text in ESTIMATORS.items() if text}
+WARM = sorted(name for name in ACCURATE if REGISTRY[name].uses_start)
 
 
 def accurate(name):
@@ -51,7 +56,7 @@ def test_solves_a_positive_definite_system(name, n, warm):
     assert found.status in ("converged", "max steps")
 
 
-@pytest.mark.parametrize("name", sorted({"cg", "minres", "richardson"}))
+@pytest.mark.parametrize("name", WARM)
 def test_a_start_that_solves_the_system_is_returned(name):
     A, b, x = system([1.0, 2.0, 3.0])
     found = accurate(name).solve(Operator(A.mv, 3), b, x, Memory())
@@ -59,7 +64,7 @@ def test_a_start_that_solves_the_system_is_returned(name):
     torch.testing.assert_close(found.value, x)
 
 
-@pytest.mark.parametrize("name", sorted({"cg", "minres", "richardson"}))
+@pytest.mark.parametrize("name", WARM)
 def test_the_start_is_never_worse_than_zero(name):
     A, b, _ = system([1.0, 2.0, 3.0])
     solver = type(accurate(name))(max_steps=1)
@@ -79,7 +84,7 @@ def test_a_zero_right_hand_side_gives_zero(name, x0):
     assert torch.equal(found.value, torch.zeros(2))
 
 
-@pytest.mark.parametrize("solver", [CG, MINRES])
+@pytest.mark.parametrize("solver", [CG, MINRES, GMRES, CGNR])
 @pytest.mark.parametrize(
     "eigenvalues", [[2.0], [3.0] * 5, [1.0] * 4 + [5.0] * 3, [1.0, 2.0, 2.0, 7.0, 7.0]]
 )
@@ -121,7 +126,9 @@ def test_neumann_closed_form_and_cost():
         torch.testing.assert_close(found.value, same.value)
 
 
-@pytest.mark.parametrize("solver", [MINRES(60, 1e-12), Direct()])
+@pytest.mark.parametrize(
+    "solver", [MINRES(60, 1e-12), GMRES(60, 1e-12), CGNR(60, 1e-12), Direct()]
+)
 def test_indefinite_systems(solver):
     A, b, x = system([-3.0, -1.0, 0.5, 2.0, 4.0])
     found = solver.solve(Operator(A.mv, 5), b)
@@ -150,8 +157,12 @@ def test_singular_consistent_systems():
     for solver in (
         CG(20, 1e-12),
         MINRES(20, 1e-12),
+        GMRES(20, 1e-12),
+        CGNR(20, 1e-12),
         Direct(),
         Richardson(500, rtol=1e-12),
+        HeavyBall(500, 1e-12),
+        Nesterov(500, 1e-12),
     ):
         found = solver.solve(Operator(A.mv, 3), b, None, Memory())
         torch.testing.assert_close(found.value, torch.tensor([0.0, 1.0, 1.0]))
@@ -162,7 +173,8 @@ def test_singular_consistent_systems():
 def test_nonsymmetric_systems(name):
     A = torch.tensor([[2.0, 1.0], [-1.0, 1.5]])
     b = torch.tensor([1.0, 2.0])
-    found = accurate(name).solve(Operator(A.mv, 2, symmetric=False), b, None, Memory())
+    operator = Operator(A.mv, 2, symmetric=False, transpose=A.T.mv)
+    found = accurate(name).solve(operator, b, None, Memory())
     torch.testing.assert_close(
         found.value, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-9
     )
@@ -189,7 +201,15 @@ def test_the_automatic_step_size_is_remembered():
 def test_float32():
     A, b, x = system(torch.linspace(0.5, 4.0, 30).tolist())
     A, b = A.float(), b.float()
-    for solver in (CG(60, 1e-6), MINRES(60, 1e-6), Direct()):
+    for solver in (
+        CG(60, 1e-6),
+        MINRES(60, 1e-6),
+        GMRES(60, 1e-6),
+        CGNR(60, 1e-6),
+        HeavyBall(60, 1e-6),
+        Nesterov(120, 1e-6),
+        Direct(),
+    ):
         found = solver.solve(Operator(A.mv, 30), b)
         assert found.value.dtype == torch.float32
         torch.testing.assert_close(found.value.double(), x, rtol=1e-4, atol=1e-5)
@@ -202,7 +222,15 @@ def test_float32():
 )
 def test_solutions_are_linear_in_the_right_hand_side(eigenvalues, seed, c):
     A, b, _ = system(eigenvalues, seed)
-    for solver in (CG(40, 1e-13), MINRES(40, 1e-13), Neumann(7, 0.05), Direct()):
+    for solver in (
+        CG(40, 1e-13),
+        MINRES(40, 1e-13),
+        GMRES(40, 1e-13),
+        Neumann(7, 0.05),
+        HeavyBall(7, 0.0),
+        Nesterov(7, 0.0),
+        Direct(),
+    ):
         one = solver.solve(Operator(A.mv, len(b)), b, None, Memory()).value
         other = solver.solve(Operator(A.mv, len(b)), c * b, None, Memory()).value
         torch.testing.assert_close(other, c * one, rtol=1e-6, atol=1e-8)
