@@ -101,6 +101,7 @@ def test_a_projection_is_the_nearest_point_of_the_set(text, given_points):
     torch.manual_seed(0)
     y = constraint.apply(x, 0.3)
     assert is_feasible(constraint, y)
+    assert torch.equal(constraint.apply(y, 0.3), y)
     for z in feasible_points(constraint, x.shape):
         assert is_feasible(constraint, z)
         assert ((x - y) * (z - y)).sum() <= 1e-11 * (1 + x.abs().max())

@@ -17,6 +17,9 @@ NAMES = [
     "cleaning",
     "penalties",
     "hyper_cleaning",
+    "acceleration",
+    "stochastic_hypergradients",
+    "quadratic",
 ]
 
 
@@ -266,3 +269,24 @@ def test_newsgroups_are_split_and_rare_words_left_out(experiments, tmp_path):
     assert [len(y) for _, y in parts] == [20, 20, 10]
     norms = [x.pair[0].to_dense().norm(dim=1) for x, _ in parts]
     torch.testing.assert_close(torch.cat(norms), torch.ones(50).float())
+
+
+def test_accbio_needs_fewer_outer_steps(quick):
+    steps = {(r["method"], r["kappa"]): r["steps"] for r in quick("acceleration")}
+    assert steps["AccBiO", 20] < 0.7 * steps["gradient descent", 20]
+    growth = {m: steps[m, 20] / steps[m, 5] for m, _ in steps}
+    assert growth["AccBiO"] < 0.75 * growth["gradient descent"]
+
+
+def test_decreasing_steps_go_on_where_constant_ones_stop(quick):
+    error = {
+        (r["schedule"], r["K"]): r["error"] for r in quick("stochastic_hypergradients")
+    }
+    assert error["decreasing", 80] < 0.5 * error["constant", 80]
+    assert error["constant", 80] < 0.2 * error["batch", 80]
+    assert error["decreasing", 80] < 0.3 * error["decreasing", 20]
+
+
+def test_saba_goes_on_where_soba_stands_still(quick):
+    last = {row["method"]: row["error"] for row in quick("quadratic")}
+    assert last["saba"] < 1e-2 * min(last["soba"], last["stocbio"])

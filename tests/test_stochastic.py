@@ -652,6 +652,27 @@ def test_an_exception_puts_everything_back():
     assert torch.equal(y, flat(problem.y)) and caught
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "stocbio(num_steps=90)",
+        "sid(num_steps=90, decay=None)",
+        "darts",
+        "accelerated(base='cg(rtol=1e-12)')",
+    ],
+)
+def test_check_hypergradient_runs_until_rest(estimator):
+    torch.manual_seed(0)
+    problem = Quadratic()
+    optimizer = problem.optimizer(
+        torch.optim.SGD(problem.y, lr=0.2), estimator=estimator
+    )
+    problem.steps(optimizer, 200)
+    check = tb.check_hypergradient(optimizer)
+    assert check.settled
+    assert (check.relative_error < 1e-5) == (estimator != "darts"), check
+
+
 # --- refusals -----------------------------------------------------------------------------
 
 

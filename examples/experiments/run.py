@@ -27,11 +27,14 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import acceleration
 import cleaning
 import error_against_steps
 import hyper_cleaning
 import least_squares
 import penalties
+import quadratic
+import stochastic_hypergradients
 from data import BadInput
 
 EXPERIMENTS = {
@@ -42,6 +45,9 @@ EXPERIMENTS = {
         cleaning,
         penalties,
         hyper_cleaning,
+        acceleration,
+        stochastic_hypergradients,
+        quadratic,
     )
 }
 

@@ -128,6 +128,9 @@ class Estimator(abc.ABC):
 
     name: ClassVar[str]
     needs_outer_loss: ClassVar[bool] = True  # whether a task without one learns nothing
+    unrolls: ClassVar[bool] = (
+        False  # whether it is of the steps taken, not of their limit
+    )
     follows: ClassVar[bool] = False  # whether `follow` is to be called after every step
     partial: ClassVar[bool] = False  # x moves on one sample: many entries receive zero
 

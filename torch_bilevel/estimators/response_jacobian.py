@@ -109,6 +109,7 @@ class ResponseJacobian(Estimator):
     window: int | None = None
 
     name: ClassVar[str] = "pzobo"
+    unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.positive_int("ResponseJacobian", "directions", self.directions)

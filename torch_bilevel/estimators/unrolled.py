@@ -55,6 +55,7 @@ class Unrolled(Estimator):
     keep_graph: bool = False
 
     name: ClassVar[str] = "unrolled"
+    unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.positive_int("Unrolled", "window", self.window, optional=True)
