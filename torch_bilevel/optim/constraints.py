@@ -183,6 +183,8 @@ class Simplex(Constraint):
 class Ball(Constraint):
     """Projection onto {‖x‖_p ≤ radius}, the norm of the whole tensor.
 
+    ::
+
         p = 2:  x ← x · min(1, radius/‖x‖)
         p = 1:  x ← sign(x) ∘ (projection of |x| onto the simplex of that total)
 
@@ -238,6 +240,8 @@ class Ball(Constraint):
 @dataclass(frozen=True)
 class L1(Constraint):
     """Proximal map of h(x) = weight · ‖x‖₁, the soft threshold: sparse outer variables.
+
+    ::
 
         x ← sign(x) ∘ max(|x| − β · weight, 0)
 

@@ -248,11 +248,17 @@ def check_numbers(
 
 
 def _diverged(estimator: Estimator, found: Solution) -> str:
-    safe = "" if found.safe_step is None else f"step_size={float(found.safe_step):.3g}"
+    solver = getattr(getattr(estimator, "base", estimator), "solver", None)
+    safe = ""
+    if found.safe_step is not None and hasattr(solver, "upper"):
+        safe = f"upper={1 / float(found.safe_step):.3g}"
+    elif found.safe_step is not None:
+        option = "lr" if hasattr(solver, "lr") else "step_size"
+        safe = f"{option}={float(found.safe_step):.3g}"
     return (
         f"The linear solver of {estimator} diverged: the residual grew beyond the right-hand "
         f"side. λ_max of the inner Hessian is about {_inverse(found.safe_step)}; "
-        f"{safe or 'a smaller step_size'} would converge. Leave step_size out to have it "
+        f"{safe or 'a smaller step_size'} would converge. Leave it out to have it "
         "estimated, or use 'cg', which needs none."
     )
 

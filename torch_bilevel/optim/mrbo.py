@@ -11,6 +11,8 @@ from .named import NamedAlgorithm
 class MRBO(NamedAlgorithm):
     r"""MRBO: y and x step together, each along a STORM direction.
 
+    ::
+
         for k = 0, 1, …, all at (x_k, y_k), both terms of a difference on the same samples:
             u ← ∇_y g + (1 − a_k)(u − ∇_y g at the last point)     (in ``.grad``, before your step)
             w ← ĝ + (1 − a_k)(w − ĝ at the last point)             (ĝ as in stocBiO)

@@ -12,6 +12,8 @@ from .citation import CHEN_2023
 class ProxBiO(BilevelOptimizer):
     r"""BiO-AIMA: AID-BiO with Nesterov's momentum in the linear solve and a proximal outer step.
 
+    ::
+
         min_x f(x, y*(x)) + h(x),    h nonsmooth, possibly nonconvex
 
         for k = 0, 1, …:
@@ -23,8 +25,8 @@ class ProxBiO(BilevelOptimizer):
     are those of `AIDBiO` (the authors' script has T = 5). What differs from the paper: y may be
     moved by any optimizer and minibatches; J v is averaged over the window; the solve stops early
     when its relative residual falls below 1e-4. The script solves for v by CG instead of momentum,
-    has the momentum in y, and a prox of half of h. Its own h, −w Σ min(|x_i|, a), is a `Constraint`
-    to write.
+    has the momentum in y, and a prox of half of h. Its own h,
+    ``−w Σ min(|x_i|, a)``, is a `Constraint` to write.
 
     Args:
         inner: as in `BilevelOptimizer`.

@@ -11,6 +11,8 @@ from .citation import SOW_2022
 class PZOBO(BilevelOptimizer):
     r"""PZOBO and PZOBO-S: T inner steps, Q times again with x moved at random, one outer step.
 
+    ::
+
         for k = 0, 1, …:
             y ← T inner steps from the last y               (your loop, your optimizer)
             δ_j = (y_T(x + μ u_j) − y)/μ,  u_j ~ N(0, I),  j = 1 … Q     (the same start, the

@@ -11,6 +11,8 @@ from .named import NamedAlgorithm
 class SABA(NamedAlgorithm):
     r"""SABA: SOBA with a SAGA table for each of the five sums; linear with constant steps.
 
+    ::
+
         each of ∇_y g_i, H_i v, J_i v, ∂_y f_j, ∂_x f_j ← new − table[i] + mean(table)
 
     It only chooses parts: ``estimator="saba"`` and ``inner_steps=1``. Needs numbered batches for

@@ -11,6 +11,8 @@ from .named import NamedAlgorithm
 class SID(NamedAlgorithm):
     r"""SID: T inner steps, K stochastic fixed-point steps for v, J averaged over J samples.
 
+    ::
+
         y ← T inner steps on samples                                  (your loop, your optimizer)
         v_0 = 0,   v_{k+1} = v_k + η_k (∂_y f − H_k v_k),   η_k = η γ/(γ + k),   k < K
         ∇̂Φ = ∂_x f − (1/J) Σ_j J_j v_K

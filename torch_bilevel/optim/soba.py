@@ -11,6 +11,8 @@ from .named import NamedAlgorithm
 class SOBA(NamedAlgorithm):
     r"""SOBA: one sample, three directions, three simultaneous steps.
 
+    ::
+
         D_y = ∇_y g_i,    D_v = H_i v − ∂_y f_j,    D_x = ∂_x f_j − J_i v     all at (x, y, v)
         y ← y − ρ D_y  (your optimizer),   v ← v − ρ D_v,   x ← x − γ D_x  (your outer optimizer)
 

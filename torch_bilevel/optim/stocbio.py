@@ -11,6 +11,8 @@ from .named import NamedAlgorithm
 class StocBiO(NamedAlgorithm):
     r"""stocBiO: T inner steps, Q products with H on new samples, one outer step.
 
+    ::
+
         for k = 0, 1, …:
             y ← T inner steps on minibatches, from the last y   (your loop, your optimizer)
             v = η Σ_{q ≤ Q} Π (I − η H_q) ∂_y f                (a new sample for every H_q)

@@ -11,6 +11,8 @@ from .named import NamedAlgorithm
 class VRBO(NamedAlgorithm):
     r"""VRBO: directions of a full pass now and then, SARAH differences at every inner step between.
 
+    ::
+
         for k = 0, 1, …:
             every q-th time:  u, w ← ∇_y g, ĝ on all samples
             for t < m:  u ← u + ∇_y g(now; ζ) − ∇_y g(last point; ζ),    y ← y − λ u
