@@ -30,7 +30,7 @@ METHODS = {
 
 
 def configurations(args):
-    updates = 300 if args.quick else 10000  # of y, the same for every method
+    updates = 500 if args.quick else 10000  # of y, the same for every method
     n, p = (256, 20) if args.quick else (1024, 100)
     names = ["soba", "saba", "stocbio"] if args.quick else METHODS
     return [
