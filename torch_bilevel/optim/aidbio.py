@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import JI_2021
+from .named import NamedAlgorithm
 
 
-class AIDBiO(BilevelOptimizer):
+class AIDBiO(NamedAlgorithm):
     r"""AID-BiO: T inner steps, N steps on H v = ∂_y f, one outer step.
 
         for k = 0, 1, …:
@@ -36,16 +36,7 @@ class AIDBiO(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = JI_2021
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "cg(max_steps=10)",
-        inner_steps: int | None = 10,
-        **options: Any,
-    ):
-        super().__init__(
-            inner, outer, estimator=estimator, inner_steps=inner_steps, **options
-        )
+    parts: ClassVar[dict[str, Any]] = {
+        "estimator": "cg(max_steps=10)",
+        "inner_steps": 10,
+    }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import JI_2021
+from .named import NamedAlgorithm
 
 
-class ITDBiO(BilevelOptimizer):
+class ITDBiO(NamedAlgorithm):
     r"""ITD-BiO: T inner steps, differentiated as they were taken, one outer step.
 
         for k = 0, 1, …:
@@ -35,16 +35,7 @@ class ITDBiO(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = JI_2021
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "unrolled",
-        inner_steps: int | None = 10,
-        **options: Any,
-    ):
-        super().__init__(
-            inner, outer, estimator=estimator, inner_steps=inner_steps, **options
-        )
+    parts: ClassVar[dict[str, Any]] = {
+        "estimator": "unrolled",
+        "inner_steps": 10,
+    }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import SOW_2022
+from .named import NamedAlgorithm
 
 
-class PZOBO(BilevelOptimizer):
+class PZOBO(NamedAlgorithm):
     r"""PZOBO and PZOBO-S: T inner steps, Q times again with x moved at random, one outer step.
 
     ::
@@ -40,16 +40,7 @@ class PZOBO(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = SOW_2022
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "pzobo",
-        inner_steps: int | None = 10,
-        **options: Any,
-    ):
-        super().__init__(
-            inner, outer, estimator=estimator, inner_steps=inner_steps, **options
-        )
+    parts: ClassVar[dict[str, Any]] = {
+        "estimator": "pzobo",
+        "inner_steps": 10,
+    }
