@@ -42,6 +42,7 @@ ALGORITHMS = {
     "AIDBiO": ("cg(max_steps=10)", 10),
     "ITDBiO": ("unrolled", 10),
     "PZOBO": ("pzobo", 10),
+    "AccBiO": ("accbio", 20),
     "StocBiO": ("stocbio", 10),
     "MRBO": ("mrbo", 1),
     "VRBO": ("vrbo", 10),

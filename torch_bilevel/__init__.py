@@ -60,6 +60,7 @@ from .optim import (
     SID,
     SOBA,
     VRBO,
+    AccBiO,
     AIDBiO,
     Ball,
     BilevelOptimizer,
@@ -99,6 +100,7 @@ from .solvers import (
 
 __all__ = [
     "AIDBiO",
+    "AccBiO",
     "Accelerated",
     "ANIL",
     "Ball",

@@ -3,6 +3,7 @@
 Adding a named algorithm is a file and an import line here; see ``docs/extending.md``.
 """
 
+from .accbio import AccBiO as AccBiO
 from .aidbio import AIDBiO as AIDBiO
 from .anil import ANIL as ANIL
 from .bilevel import BilevelOptimizer as BilevelOptimizer

@@ -77,6 +77,13 @@ SOW_2022 = """@inproceedings{sow2022convergence,
   year      = {2022}
 }"""
 
+JI_LIANG_2021 = """@article{ji2021lower,
+  title   = {Lower Bounds and Accelerated Algorithms for Bilevel Optimization},
+  author  = {Ji, Kaiyi and Liang, Yingbin},
+  journal = {arXiv:2102.03926},
+  year    = {2021}
+}"""
+
 YANG_2021 = """@inproceedings{yang2021provably,
   title     = {Provably Faster Algorithms for Bilevel Optimization},
   author    = {Yang, Junjie and Ji, Kaiyi and Liang, Yingbin},
@@ -115,6 +122,7 @@ _ESTIMATORS = {
     "darts": LIU_2019,
     "pzobo": SOW_2022,
     "joint": DAGREOU_2022,
+    "accelerated": JI_LIANG_2021,
     "stochastic_neumann": JI_2021,
     "stochastic_richardson": GRAZZI_2021,
 }
