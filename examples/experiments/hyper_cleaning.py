@@ -3,7 +3,8 @@
 A linear classifier on images of which a fraction p carries a wrong label; the outer variables are
 the logits of one weight per training image; the outer loss is that of a small clean set. A window
 is one epoch, so that every weight receives its gradient in every outer step. Baselines: no
-cleaning, and an oracle that leaves the wrong labels out.
+cleaning, and an oracle that leaves the wrong labels out. Seconds
+are those of the processor.
 """
 
 import functools
@@ -98,14 +99,14 @@ def measure(configuration, args):
     seconds, rows = 0.0, []
     torch.manual_seed(seed)
     for step in tqdm(range(configuration["outer_steps"]), leave=False, desc=method):
-        began = time.perf_counter()
+        began = time.process_time()
         for batch in batches:
             optimizer.zero_grad()
             train_loss(*batch).backward()
             optimizer.step()
         if learns:
             optimizer.outer_step()
-        seconds += time.perf_counter() - began
+        seconds += time.process_time() - began
         with torch.no_grad():
             row = {
                 "outer_step": step + 1,
