@@ -4,8 +4,8 @@
     outer   mean CE on validation data
 
 Full batches and w kept from one outer step to the next, so that what differs is the
-hypergradient. A gradient is an evaluation of the inner loss with its derivative, or a product. Seconds
-are those of the processor.
+hypergradient. A gradient is an evaluation of the inner loss with its derivative, or a product.
+Seconds are those of the processor.
 """
 
 import functools
