@@ -37,19 +37,23 @@ ESTIMATORS = {
 SYMMETRIC_ONLY = {"cg", "minres", "heavy_ball", "nesterov"}
 RANDOM = {"random_truncated_neumann"}  # another number every time, even without batches
 
-# estimator and inner steps
+# estimator, inner steps and further options
 ALGORITHMS = {
-    "AIDBiO": ("cg(max_steps=10)", 10),
-    "ITDBiO": ("unrolled", 10),
-    "PZOBO": ("pzobo", 10),
-    "AccBiO": ("accbio", 20),
-    "StocBiO": ("stocbio", 10),
-    "MRBO": ("mrbo", 1),
-    "VRBO": ("vrbo", 10),
-    "SID": ("sid", 20),
-    "SOBA": ("soba", 1),
-    "SABA": ("saba", 1),
-    "ProxBiO": ("nesterov(max_steps=10)", 10),
+    "AIDBiO": ("cg(max_steps=10)", 10, {}),
+    "ITDBiO": ("unrolled", 10, {}),
+    "PZOBO": ("pzobo", 10, {}),
+    "AccBiO": ("accbio", 20, {"warm_start": False}),
+    "BSGM": ("bsgm", 20, {"warm_start": False}),
+    "AmIGO": ("amigo", 10, {}),
+    "SRBA": ("srba", 1, {}),
+    "DARTS": ("darts", 1, {}),
+    "StocBiO": ("stocbio", 10, {}),
+    "MRBO": ("mrbo", 1, {}),
+    "VRBO": ("vrbo", 10, {}),
+    "SID": ("sid", 20, {}),
+    "SOBA": ("soba", 1, {}),
+    "SABA": ("saba", 1, {}),
+    "ProxBiO": ("nesterov(max_steps=10)", 10, {}),
 }
 # over tasks: estimator and further options
 META_ALGORITHMS = {

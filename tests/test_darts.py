@@ -6,7 +6,7 @@ from problems import DataWeights, Logistic, Quadratic, Ridge, flat
 from test_state import Case, same
 
 import torch_bilevel as tb
-from torch_bilevel.estimators.darts import cross_difference
+from torch_bilevel.estimators.finite_difference import cross_difference
 
 SGD = torch.optim.SGD
 
@@ -180,7 +180,7 @@ def test_what_it_refuses():
         tb.BilevelOptimizer(NoRate([y]), SGD([x], lr=0.1), estimator="darts")
     tb.BilevelOptimizer(NoRate([y]), SGD([x], lr=0.1), estimator="darts(step_size=0.1)")
     for options in ("step_size=0.0", "radius=0.0", "cross_calls=0"):
-        with pytest.raises(ValueError, match="DARTS"):
+        with pytest.raises(ValueError, match="FiniteDifference"):
             tb.estimator(f"darts({options})")
     assert "DARTS" in tb.citation(optimizer)
 

@@ -172,11 +172,11 @@ def test_named_algorithms_only_choose_parts(name):
             optimizer.step()
         return x.detach(), optimizer
 
-    estimator, inner_steps = cases.ALGORITHMS[name]
+    estimator, inner_steps, options = cases.ALGORITHMS[name]
     named, optimizer = run(getattr(tb, name))
     plain, _ = run(
         lambda i, o: tb.BilevelOptimizer(
-            i, o, estimator=estimator, inner_steps=inner_steps
+            i, o, estimator=estimator, inner_steps=inner_steps, **options
         )
     )
     assert torch.equal(named, plain) and optimizer.outer_steps == 40 // inner_steps

@@ -22,9 +22,9 @@ from ._version import __version__ as __version__
 from .errors import *  # noqa: F403
 from .errors import __all__ as _error_names
 from .estimators import (
-    DARTS,
     Accelerated,
     Displacement,
+    FiniteDifference,
     FirstOrder,
     Forward,
     ForwardGradient,
@@ -50,6 +50,8 @@ from .inner import (
 )
 from .optim import (
     ANIL,
+    BSGM,
+    DARTS,
     FOMAML,
     IMAML,
     L1,
@@ -59,9 +61,11 @@ from .optim import (
     SABA,
     SID,
     SOBA,
+    SRBA,
     VRBO,
     AccBiO,
     AIDBiO,
+    AmIGO,
     Ball,
     BilevelOptimizer,
     Box,
@@ -103,6 +107,8 @@ __all__ = [
     "AccBiO",
     "Accelerated",
     "ANIL",
+    "AmIGO",
+    "BSGM",
     "Ball",
     "Batches",
     "BilevelOptimizer",
@@ -114,6 +120,7 @@ __all__ = [
     "Direct",
     "Displacement",
     "FOMAML",
+    "FiniteDifference",
     "FirstOrder",
     "FixedPointIteration",
     "Forward",
@@ -149,6 +156,7 @@ __all__ = [
     "SGDSolver",
     "SID",
     "SOBA",
+    "SRBA",
     "Saga",
     "Sarah",
     "Smoothness",

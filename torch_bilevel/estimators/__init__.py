@@ -16,8 +16,8 @@ from .base import Estimator as Estimator
 from .base import EstimatorMemory as EstimatorMemory
 from .base import Situation as Situation
 from .certificate import Smoothness as Smoothness
-from .darts import DARTS as DARTS
 from .displacement import Displacement as Displacement
+from .finite_difference import FiniteDifference as FiniteDifference
 from .first_order import FirstOrder as FirstOrder
 from .forward import Forward as Forward
 from .forward_gradient import ForwardGradient as ForwardGradient

@@ -26,7 +26,7 @@ from .. import _checks
 from .._registry import changed, describe
 from ..inner import StepRecord, Window
 from ..problem import OuterGradients
-from .base import Estimate, Estimator, Situation
+from .base import Estimate, Estimator, Situation, Wording
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,10 @@ class Accelerated(Estimator):
     def directs(self) -> bool:
         """As ``base``; see `Estimator.directs`."""
         return self._base.directs
+
+    def wording(self, fresh: bool) -> Wording:
+        """As ``base``; see `Estimator.wording`."""
+        return self._base.wording(fresh)
 
     def new_window(self, max_bytes: int | None) -> Window:
         """As ``base``; see `Estimator.new_window`."""

@@ -123,6 +123,27 @@ class Estimate:
     notes: list[str] = field(default_factory=list)
 
 
+SINCE = "all steps since the last outer step"
+DOUBLE_BACKWARD = "double backward through one cached graph"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What an estimator does, in words; see `BilevelOptimizer.explain`.
+
+    Attributes:
+        adjoint: what becomes of v.
+        batches: which inner batches are used.
+        problem: what is asked of the inner problem; None where its stationarity is.
+        products: which engine computes second-order products.
+    """
+
+    adjoint: str
+    batches: str
+    problem: str | None = None
+    products: str = DOUBLE_BACKWARD
+
+
 class Estimator(abc.ABC):
     """A way to compute the hypergradient; subclasses are frozen dataclasses."""
 
@@ -140,6 +161,18 @@ class Estimator(abc.ABC):
     def directs(self) -> bool:
         """Whether `direct` is to be called before every inner step."""
         return False
+
+    def wording(self, fresh: bool) -> Wording:
+        """What it does, in words.
+
+        Args:
+            fresh: whether every inner loss was registered with data to draw samples from.
+        """
+        return Wording(
+            adjoint="none; the gradient is carried back through the recorded steps",
+            batches=f"{SINCE}, in order",
+            problem="replayed",
+        )
 
     @abc.abstractmethod
     def new_window(self, max_bytes: int | None) -> Window:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from ..errors import NoInnerStep
 from ..inner import Window
 from ..problem import OuterGradients
-from .base import Estimate, Estimator, Situation
+from .base import SINCE, Estimate, Estimator, Situation, Wording
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Displacement(Estimator):
 
     def __str__(self) -> str:
         return self.name
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        return Wording(
+            adjoint="none; how far the inner steps went",
+            batches=f"{SINCE}, as they were taken",
+            problem="as your loop took it",
+            products="none",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window whose first iterate is copied."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ..inner import Window
 from ..problem import OuterGradients
-from .base import Estimate, Estimator, Situation
+from .base import Estimate, Estimator, Situation, Wording
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,15 @@ class FirstOrder(Estimator):
 
     def __str__(self) -> str:
         return self.name
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        return Wording(
+            adjoint="none; the inner steps count as the identity",
+            batches="none, only that of the outer loss",
+            problem="as your loop took it",
+            products="none",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window of the last step's calls."""

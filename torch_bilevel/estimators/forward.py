@@ -22,7 +22,7 @@ from .._registry import changed, describe
 from ..errors import NoInnerStep, SolverLimit
 from ..inner import Tangents, Window, check_mismatch
 from ..problem import BilevelProblem, OuterGradients
-from .base import Estimate, Estimator, Situation, rules_of
+from .base import Estimate, Estimator, Situation, Wording, rules_of
 
 
 class Following(abc.ABC):
@@ -33,6 +33,14 @@ class Following(abc.ABC):
 
     def __str__(self) -> str:
         return describe(self.name, changed(self))
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        return Wording(
+            adjoint="none; tangents of the inner parameters are carried along",
+            batches="every inner step's own, as it is taken",
+            problem="replayed",
+        )
 
     def check(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Refuse optimizers without an update rule."""

@@ -22,7 +22,7 @@ from ..errors import NonSymmetricSystem, UnknownName
 from ..inner import RULES, Window, stationarity
 from ..problem import OuterGradients, mean_calls
 from ..solvers import CG, Operator, Solver
-from .base import Estimate, Estimator, Situation
+from .base import SINCE, Estimate, Estimator, Situation, Wording
 from .certificate import bound
 from .system import System, check_declared, mean_cross, with_declared
 
@@ -75,6 +75,16 @@ class Implicit(Estimator):
     def __str__(self) -> str:
         options = {k: v for k, v in changed(self).items() if k != "solver"}
         return describe(self.solver.name, {**changed(self.solver), **options})
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        warm = self.warm_start and self.solver.uses_start
+        start = "warm-started from the last outer step" if warm else "from zero"
+        over = f"the last {self.cross_calls} steps" if self.cross_calls else SINCE
+        return Wording(
+            adjoint=f"solved for by {self.solver}, {start}",
+            batches=f"H from the last {self.hessian_calls} step(s), J v averaged over {over}",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window of calls without iterates."""

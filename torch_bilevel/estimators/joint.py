@@ -22,7 +22,7 @@ from .._registry import changed, describe
 from ..inner import RULES, StepRecord, Window, stationarity
 from ..problem import BilevelProblem, OuterGradients, WeightedCall, mean_calls
 from ..solvers import relative, solution
-from .base import Estimate, Estimator, Situation
+from .base import Estimate, Estimator, Situation, Wording
 from .memory import DirectionMemory, Plain, parse_memory
 from .points import at_point, check_memory, direct, present, walk
 from .system import System, check_declared, with_declared
@@ -82,6 +82,14 @@ class Joint(Estimator):
     def directs(self) -> bool:
         """With a memory of the inner direction; see `Estimator.directs`."""
         return not isinstance(self.memory, Plain)
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        rate = self.adjoint_lr or "the inner learning rate"
+        return Wording(
+            adjoint=f"state; a step of {rate} along H v − ∂_y f at every inner step",
+            batches="each inner step's own batch, where the step started",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window of iterates."""

@@ -7,6 +7,8 @@ PRESETS = {
     # approximate implicit differentiation (Ji, Yang & Liang 2021; Grazzi et al. 2020)
     "aid_cg": "cg(max_steps=10)",
     "aid_fp": "richardson(max_steps=10, rtol=0.0)",
+    # Nesterov's momentum for v, for a proximal outer step (Chen, Kailkhura & Zhou 2023)
+    "proxbio": "nesterov(max_steps=10)",
     # the same at extrapolated points (Ji & Liang 2021); -BG keeps y and v, as loops here do
     "accbio": "accelerated(base='heavy_ball(max_steps=20)')",
     "accbio_bg": "accelerated(base='heavy_ball(max_steps=10)')",

@@ -23,7 +23,7 @@ from .._vector import Layout
 from ..errors import NoInnerStep, NonFinite
 from ..inner import Rerun, Window
 from ..problem import OuterGradients
-from .base import Estimate, Estimator, Situation, rules_of
+from .base import SINCE, Estimate, Estimator, Situation, Wording, rules_of
 
 
 def response_jacobian(
@@ -118,6 +118,16 @@ class ResponseJacobian(Estimator):
 
     def __str__(self) -> str:
         return describe(self.name, changed(self))
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        last = f"the last {self.window} steps" if self.window else SINCE
+        return Wording(
+            adjoint="none; the response of the inner steps to random moves of x",
+            batches=f"{last}, run again {self.directions + 1} times",
+            problem="replayed",
+            products="none",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window that keeps its first iterate, or one in every ``window`` steps."""

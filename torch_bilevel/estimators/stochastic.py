@@ -25,7 +25,7 @@ from ..errors import UnknownName
 from ..inner import RULES, StepRecord, Window, stationarity
 from ..problem import OuterGradients, Ticket, mean_calls
 from ..solvers import Operator, Solver, StochasticNeumann
-from .base import Estimate, Estimator, Situation
+from .base import Estimate, Estimator, Situation, Wording
 from .memory import DirectionMemory, Plain, parse_memory
 from .points import at_point, check_memory, direct, present, walk
 from .system import System, check_declared, mean_cross, with_declared
@@ -96,6 +96,16 @@ class Stochastic(Estimator):
     def directs(self) -> bool:
         """With a memory; see `Estimator.directs`."""
         return not isinstance(self.memory, Plain)
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        start = "the last outer step's" if self.warm_start else "zero"
+        where = "data=" if fresh else "the steps since the last outer step, drawn again"
+        count = self.cross_batches or "as many as there were inner steps"
+        return Wording(
+            adjoint=f"solved for by {self.solver} on new samples, from {start}",
+            batches=f"H and J from new samples ({where}); J averaged over {count}",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window of calls; with a memory, of iterates."""

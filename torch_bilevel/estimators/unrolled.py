@@ -9,7 +9,7 @@ the last K steps are differentiated (truncated back-propagation, Shaban et al. 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from .._registry import changed, describe
 from ..errors import NoInnerStep
 from ..inner import Window, check_mismatch, reverse, tolerance
 from ..problem import OuterGradients
-from .base import Estimate, Estimator, Situation, rules_of
+from .base import Estimate, Estimator, Situation, Wording, rules_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ class Unrolled(Estimator):
 
     def __str__(self) -> str:
         return describe(self.name, changed(self))
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        words = super().wording(fresh)
+        if self.window is None:
+            return words
+        return replace(words, batches=f"the last {self.window} steps, in order")
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window of iterates."""

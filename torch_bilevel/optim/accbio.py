@@ -9,20 +9,22 @@ from .named import NamedAlgorithm
 
 
 class AccBiO(NamedAlgorithm):
-    r"""AccBiO-BG: hypergradients at extrapolated points, for Φ (strongly) convex.
+    r"""AccBiO: hypergradients at extrapolated points, for Φ (strongly) convex.
 
     ::
 
         for k = 0, 1, …:
-            y ← N Nesterov steps at the query point x̃           (your loop, your optimizer)
-            v ← M heavy-ball steps on H v = ∂_y f, from the last v
+            y ← N Nesterov steps at the query point x̃, from y_0  (your loop, your optimizer)
+            v ← M heavy-ball steps on H v = ∂_y f, from 0
             z ← x̃ − α G,  x ← τ x̃ + (1 − τ) x − β G,  x̃ ← η x + (1 − η) z
 
-    It only chooses parts: ``estimator="accbio"`` and ``inner_steps=N``, with N = M = 20. The outer
+    It only chooses parts: ``estimator="accbio"``, ``inner_steps=N`` with N = M = 20, and
+    ``warm_start=False``: every outer step begins anew where the first did. The bounded-gradient
+    variant, AccBiO-BG, goes on from the last y and v: ``warm_start=True, inner_steps=10,
+    estimator="accbio_bg"``. Without warm starts N and M must grow as √κ log(1/ε). The outer
     optimizer is plain SGD with lr = α ≤ 1/(2 L_Φ); inner: ``SGD(lr=1/L, momentum=(√κ − 1)/(√κ + 1),
-    nesterov=True)``. What differs from the paper: y and v go on from the last outer step, as in
-    its bounded-gradient variant, whose parameters β, τ, η these are; without the constant of strong
-    convexity (``estimator="accbio(strong_convexity=...)"``) the sequence restarts adaptively.
+    nesterov=True)``. What differs from the paper: without the constant of strong convexity of Φ
+    (``estimator="accbio(strong_convexity=...)"``) the sequence restarts adaptively.
 
     Args:
         inner: as in `BilevelOptimizer`.
@@ -41,4 +43,5 @@ class AccBiO(NamedAlgorithm):
     parts: ClassVar[dict[str, Any]] = {
         "estimator": "accbio",
         "inner_steps": 20,
+        "warm_start": False,
     }

@@ -6,7 +6,6 @@ the window of recorded steps, the memory of estimators.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -31,7 +30,7 @@ from . import estimation
 from .constraining import Constraints
 from .control import Control
 from .delegation import DelegatingOptimizer
-from .hooks import take_over, users_frame, weak
+from .hooks import take_over, weak
 from .levels import build, check_levels, check_options, fits
 from .losses import outer_calls
 from .recorder import Recorder
@@ -58,6 +57,9 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         modules: modules used in the losses; others are found at the first call.
         estimator: a name (``"cg"``, ``"unrolled(window=50)"``), an `Estimator`, or a solver.
         inner_steps: take an outer step after so many inner steps; None never does by itself.
+        warm_start: False puts the inner parameters, at the first inner loss after an outer step,
+            back where they were at the first one of all, without optimizer state and adjoint;
+            buffers and learning rates stay.
         proximal_term: λ of a term (λ/2)‖y − a‖² of the inner objective that is not part of the
             loss: its gradient is added to ``.grad`` just before each inner step. a is the inner
             parameters when the trajectory began (task, `restart`, construction); see `IMAML`.
@@ -80,7 +82,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         UnsupportedParameter: a parameter is sparse, complex, expanded, not a leaf, ...
         NoUpdateRule: the estimator needs an update rule that ``inner`` has not.
         BilevelError: there are not as many constraints as outer tensors, or one is a proximal map
-            and ``outer`` is not plain SGD.
+            and ``outer`` is not plain SGD; or ``warm_start=False`` with an initialisation.
 
     Example:
         >>> import torch, torch_bilevel as tb
@@ -109,6 +111,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         modules: nn.Module | Iterable[nn.Module] = (),
         estimator: Any = "cg",
         inner_steps: int | None = None,
+        warm_start: bool = True,
         proximal_term: float | None = None,
         constraints: Any = None,
         grad_scaler: Any = None,
@@ -128,6 +131,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
             max_record_bytes=max_record_bytes,
         )
         self.inner_steps = inner_steps
+        self.warm_start = warm_start
         if proximal_term is not None:
             _checks.real(
                 "BilevelOptimizer", "proximal_term", proximal_term, positive=True
@@ -169,6 +173,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self._sampler = Sampler(self)
         self._recorder.watch_outer(self.problem.constants)
         self._recorder.begin(proximal_term)
+        self._await_trajectory()
         self._task: Task | None = None
         self._tasks_done = 0  # since the last outer step
         self._tasks_begun = 0  # ever
@@ -313,11 +318,6 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
             self._sampler,
         )
 
-    def _warn_once(self, category: type[Warning], text: str) -> None:
-        if category not in self._warned:
-            self._warned.add(category)
-            warnings.warn(text, category, stacklevel=users_frame())
-
     def _before_inner_step(self, step: StepRecord) -> None:
         """Let the estimator replace the gradients that are about to be consumed."""
         if self._recorder.grad_scaler is not None:
@@ -356,6 +356,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self._extrapolate()
         dropped = len(self._recorder.window)
         self._recorder.window.clear()
+        self._await_trajectory()
         self.outer_steps += 1
         self._tasks_done = 0
         if self.verify_every and self.outer_steps % self.verify_every == 0:
@@ -394,6 +395,8 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
             self._recorder.present = self._problem
             self._recorder.begin(self.proximal_term)
             self._recorder.watch_outer(self._problem.constants)
+            self._start = None
+            self._await_trajectory()
             self._forget_adjoints()
         return self._problem
 

@@ -106,6 +106,29 @@ DAGREOU_2022 = """@inproceedings{dagreou2022framework,
   year      = {2022}
 }"""
 
+DAGREOU_2024 = """@inproceedings{dagreou2024lower,
+  title     = {A Lower Bound and a Near-Optimal Algorithm for Bilevel Empirical Risk Minimization},
+  author    = {Dagr\\'eou, Mathieu and Moreau, Thomas and Vaiter, Samuel and Ablin, Pierre},
+  booktitle = {International Conference on Artificial Intelligence and Statistics},
+  year      = {2024}
+}"""
+
+ARBEL_2022 = """@inproceedings{arbel2022amortized,
+  title     = {Amortized Implicit Differentiation for Stochastic Bilevel Optimization},
+  author    = {Arbel, Michael and Mairal, Julien},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2022}
+}"""
+
+GRAZZI_2023 = """@article{grazzi2023bilevel,
+  title   = {Bilevel Optimization with a Lower-level Contraction: Optimal Sample Complexity
+             without Warm-Start},
+  author  = {Grazzi, Riccardo and Pontil, Massimiliano and Salzo, Saverio},
+  journal = {Journal of Machine Learning Research},
+  volume  = {24},
+  year    = {2023}
+}"""
+
 CHEN_2023 = """@article{chen2023accelerated,
   title   = {An accelerated proximal algorithm for regularized nonconvex and nonsmooth bi-level
              optimization},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import estimators
+from ..errors import BilevelError
 from ..estimators import Estimate, Estimator, EstimatorMemory
 from ..inner import fresh_state
 from . import state
 from .explain import explain
+from .hooks import users_frame, weak
 from .report import Report
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ class Control:
     _memories: dict[tuple[str, ...], EstimatorMemory]
     _found: dict[tuple[str, ...], Estimate]
     _stood: Tensor | None = None
+    _start: list[Tensor] | None = None  # where every trajectory begins
+    _warned: set[type[Warning]]
+    warm_start: bool
     outer: torch.optim.Optimizer
     proximal_term: float | None
     max_record_bytes: int | None
@@ -92,17 +98,55 @@ class Control:
         self._memories.clear()
         self._found.clear()
 
+    def _warn_once(self, category: type[Warning], text: str) -> None:
+        if category not in self._warned:
+            self._warned.add(category)
+            warnings.warn(text, category, stacklevel=users_frame())
+
     def restart(self) -> None:
         """Start a new inner trajectory at the present parameters.
 
-        Drops recorded steps, inner optimizer state and adjoints; parameters stay.
+        Drops recorded steps, inner optimizer state and adjoints; parameters stay. With
+        ``warm_start=False`` later trajectories begin here too.
         """
+        self._start = None
         self._recorder.restart()
         self._recorder.begin(self.proximal_term)
         self._forget_adjoints()
+        self._clear_inner_state()
+        self._await_trajectory()
+
+    def _clear_inner_state(self) -> None:
         for optimizer in self.inners:
             optimizer.state.clear()
             optimizer.state.update(fresh_state(optimizer))
+
+    def _await_trajectory(self) -> None:
+        """Without warm starts: see to it that the next trajectory begins at the start.
+
+        Not at once, so that what the inner steps reached can be evaluated and kept.
+        """
+        if self.warm_start:
+            return
+        if self.problem.initial:
+            raise BilevelError(
+                "warm_start=False, and a parameter is in both optimizers: an initialisation, which "
+                "the outer steps move. Every task begins there by itself; leave warm_start out."
+            )
+        self._recorder.beginning = weak(self._begin_trajectory)
+
+    def _begin_trajectory(self) -> None:
+        """Note where the first trajectory begins; put the later ones there."""
+        self._recorder.beginning = None
+        inner = self.problem.inner
+        if self._start is None:
+            self._start = [tensor.detach().clone() for tensor in inner.tensors]
+            return
+        inner.overwrite(self._start)
+        self._clear_inner_state()
+        self._recorder.begin(self.proximal_term)
+        for memory in self._memories.values():
+            memory.adjoint = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -59,6 +59,8 @@ class FixedPointMap:
     def _apply(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder, problem = self.owner._recorder, self.owner.problem
         recorder.thaw()
+        if recorder.beginning is not None and not recorder.paused:
+            recorder.beginning()
         recorder.present = problem
         problem.modules.discover(self.function, (args, kwargs))
         keep = recorder.window.iterates or recorder.verify_next

@@ -1,15 +1,15 @@
-"""Proximal BiO, BiO-AIMA (Chen, Kailkhura & Zhou 2022): a regulariser h of the outer variables."""
+"""Proximal BiO, BiO-AIMA (Chen, Kailkhura & Zhou 2023): a regulariser h of the outer variables."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 from .. import _checks
-from .bilevel import BilevelOptimizer
 from .citation import CHEN_2023
+from .named import NamedAlgorithm
 
 
-class ProxBiO(BilevelOptimizer):
+class ProxBiO(NamedAlgorithm):
     r"""BiO-AIMA: AID-BiO with Nesterov's momentum in the linear solve and a proximal outer step.
 
     ::
@@ -21,9 +21,10 @@ class ProxBiO(BilevelOptimizer):
             v ← N steps of Nesterov's momentum on H v = ∂_y f, from the last v
             x ← prox_{βh}(x − β (∂_x f − J v))             (outer=SGD(lr=β), constraints=h)
 
-    It only chooses parts: ``estimator="nesterov(max_steps=N)"`` and ``inner_steps=T``. T = N = 10
-    are those of `AIDBiO` (the authors' script has T = 5). What differs from the paper: y may be
-    moved by any optimizer and minibatches; J v is averaged over the window; the solve stops early
+    It only chooses parts: ``estimator="proxbio"``, which is ``"nesterov(max_steps=N)"``, and
+    ``inner_steps=T``. T = N = 10 are those of `AIDBiO` (the authors' script has T = 5). What
+    differs from the paper: y may be moved by any optimizer and minibatches; J v is averaged over
+    the window; the solve stops early
     when its relative residual falls below 1e-4. The script solves for v by CG instead of momentum,
     has the momentum in y, and a prox of half of h. Its own h,
     ``−w Σ min(|x_i|, a)``, is a `Constraint` to write.
@@ -31,10 +32,7 @@ class ProxBiO(BilevelOptimizer):
     Args:
         inner: as in `BilevelOptimizer`.
         outer: plain SGD; its learning rate is β.
-        constraints: h, as in `BilevelOptimizer`; None is h = 0.
-        estimator: as in `BilevelOptimizer`.
-        inner_steps: T.
-        **options: further options of `BilevelOptimizer`.
+        **options: options of `BilevelOptimizer`, in place of these; ``constraints=`` is h.
 
     Raises:
         BilevelError: ``outer`` is not plain SGD.
@@ -49,22 +47,11 @@ class ProxBiO(BilevelOptimizer):
 
     bibtex: ClassVar[str] = CHEN_2023
 
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        constraints: Any = None,
-        estimator: Any = "nesterov(max_steps=10)",
-        inner_steps: int | None = 10,
-        **options: Any,
-    ):
+    parts: ClassVar[dict[str, Any]] = {
+        "estimator": "proxbio",
+        "inner_steps": 10,
+    }
+
+    def __init__(self, inner: Any, outer: Any, **options: Any):
         _checks.plain_sgd("ProxBiO", outer)
-        super().__init__(
-            inner,
-            outer,
-            constraints=constraints,
-            estimator=estimator,
-            inner_steps=inner_steps,
-            **options,
-        )
+        super().__init__(inner, outer, **options)

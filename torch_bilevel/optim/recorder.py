@@ -71,6 +71,7 @@ class Recorder:
         self.direct = direct
         self.directs = False
         self.apply_map: Callable[[], None] | None = None  # when nothing is pending
+        self.beginning: Callable[[], None] | None = None  # before the first call
         self.pending: list[WeightedCall] = []
         self.current: StepRecord | None = None
         self.paused = 0
@@ -132,9 +133,10 @@ class Recorder:
             self.thaw()
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        problem = self.present = self.problem()
-        window = self.window
-        remembered = None
+        if self.beginning is not None and not self.paused:
+            self.beginning()
+        problem, window = self.problem(), self.window
+        self.present, remembered = problem, None
         if not self.paused:
             self._outer_grads = list(map(_grad, problem.outer.tensors))
             if id(function) not in problem.modules.searched:
@@ -383,8 +385,7 @@ class Recorder:
 
     def restart(self) -> None:
         """Forget pending calls and recorded steps; an unverified step is verified anew."""
-        self.pending, self.current, self._twin = [], None, None
-        self.leftover = False
+        self.pending, self.current, self._twin, self.leftover = [], None, None, False
         if self.to_verify is not None:
             self.to_verify, self.verify_next = None, True
         self.window.clear(restart=True)

@@ -46,6 +46,8 @@ def save(optimizer: BilevelOptimizer) -> dict[str, Any]:
         "outer_steps": optimizer.outer_steps,
         "inner_steps": recorder.epoch,
         "position": recorder.position,
+        "start": optimizer._start and [t.clone() for t in optimizer._start],
+        "begins": recorder.beginning is not None,
         "tasks": [optimizer._tasks_done, optimizer._tasks_begun],
         "outer_gradients": [  # of the tasks since the last outer step
             _clone(t.grad) if optimizer._tasks_done else None
@@ -102,6 +104,9 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     recorder.restart()
     recorder.epoch = saved["inner_steps"]
     recorder.position = saved["position"]
+    optimizer._start = saved["start"] and [_clone(t) for t in saved["start"]]
+    if not saved["begins"]:
+        recorder.beginning = None
     optimizer._tasks_done, optimizer._tasks_begun = saved["tasks"]
     if optimizer._tasks_done:
         for tensor, gradient in zip(tensors, saved["outer_gradients"], strict=True):

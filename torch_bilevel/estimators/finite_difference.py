@@ -20,7 +20,7 @@ from .._registry import changed, describe
 from ..errors import BilevelError
 from ..inner import RULES, Window, stationarity
 from ..problem import BilevelProblem, OuterGradients, WeightedCall, mean_calls
-from .base import Estimate, Estimator, Situation
+from .base import SINCE, Estimate, Estimator, Situation, Wording
 from .response_jacobian import rounding
 from .system import System, check_declared, with_declared
 
@@ -61,7 +61,7 @@ def cross_difference(
 
 
 @dataclass(frozen=True)
-class DARTS(Estimator):
+class FiniteDifference(Estimator):
     """The gradient of one step of gradient descent, with first derivatives only (DARTS).
 
     Cheap and biased, as `Identity`, whose J v it takes a central difference of: the error of the
@@ -100,12 +100,30 @@ class DARTS(Estimator):
     name: ClassVar[str] = "darts"
 
     def __post_init__(self) -> None:
-        _checks.real("DARTS", "step_size", self.step_size, positive=True, optional=True)
-        _checks.real("DARTS", "radius", self.radius, positive=True)
-        _checks.positive_int("DARTS", "cross_calls", self.cross_calls, optional=True)
+        _checks.real(
+            "FiniteDifference",
+            "step_size",
+            self.step_size,
+            positive=True,
+            optional=True,
+        )
+        _checks.real("FiniteDifference", "radius", self.radius, positive=True)
+        _checks.positive_int(
+            "FiniteDifference", "cross_calls", self.cross_calls, optional=True
+        )
 
     def __str__(self) -> str:
         return describe(self.name, changed(self))
+
+    def wording(self, fresh: bool) -> Wording:
+        """See `Estimator.wording`."""
+        last = self.cross_calls
+        return Wording(
+            adjoint=f"one step, {self.step_size or 'the inner learning rate'} times ∂_y f",
+            batches="J v a difference of two gradients, averaged over "
+            + (f"the last {last} steps" if last else SINCE),
+            products="none",
+        )
 
     def new_window(self, max_bytes: int | None) -> Window:
         """A window of calls without iterates."""
