@@ -133,7 +133,8 @@ def clean(x, y, x_valid, y_valid, classes, args):
         inner_steps=args.inner_steps,
     )
 
-    @optimizer.inner_loss
+    # where stochastic estimators draw batches of their own from
+    @optimizer.inner_loss(data=loader(x, y, args.batch_size, args.seed + 1))
     def train_loss(inputs, labels, index):
         losses = F.cross_entropy(model(inputs), labels, reduction="none")
         return (weights[index].sigmoid() * losses).mean()
@@ -237,9 +238,12 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR", default="data_cleaning_results")
     args = parser.parse_args(argv)
-    args.outer_steps = args.outer_steps or (30 if args.data else 60)
-    args.outer_lr = args.outer_lr or OUTER[args.outer][1]
-    args.batch_size = args.batch_size or (500 if args.data else 100)
+    if args.outer_steps is None:
+        args.outer_steps = 30 if args.data else 60
+    if args.outer_lr is None:
+        args.outer_lr = OUTER[args.outer][1]
+    if args.batch_size is None:
+        args.batch_size = 500 if args.data else 100
     if not 0 <= args.corruption < 1:
         raise SystemExit2(f"--corruption {args.corruption} must lie in [0, 1)")
     for name in ("outer_steps", "inner_steps", "batch_size"):

@@ -18,7 +18,7 @@ from .errors import UnknownName
 def suggest(word: str, known: Iterable[str]) -> str:
     """A sentence with the closest known names."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+    close = difflib.get_close_matches(word.lower(), known, n=2, cutoff=0.5)
     meant = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{meant}Known: {', '.join(known)}."
 
@@ -42,7 +42,7 @@ def parse(
             if node.args:
                 raise ValueError("options are written name=value")
             name = node.func.id
-            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            options = {str(k.arg): _literal(k) for k in node.keywords}
         else:
             raise ValueError("neither a name nor a call")
     except (SyntaxError, ValueError) as error:
@@ -53,6 +53,14 @@ def parse(
     if name not in known:
         raise UnknownName(f"There is no {kind} named {name!r}. {suggest(name, known)}")
     return name, options
+
+
+def _literal(keyword: ast.keyword) -> Any:
+    try:
+        return ast.literal_eval(keyword.value)
+    except ValueError:
+        written = ast.unparse(keyword.value)
+        raise ValueError(f"{written} is not a literal; give an object for it") from None
 
 
 def build(cls: type, options: Mapping[str, Any], written: str) -> Any:

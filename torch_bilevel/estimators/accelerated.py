@@ -9,7 +9,7 @@ With G the hypergradient at the query point x̃, where the outer variables stand
 for Φ strongly convex with constant μ (Ji & Liang 2021). Without μ, Nesterov's sequence for convex
 functions with the restart of O'Donoghue & Candès (2015):
 
-    x̃' = z' + (t − 1)/t' (z' − z),  t' = (1 + √(1 + 4 t²))/2;   t' = 1 where ⟨G, z' − z⟩ > 0
+    x̃' = z' + (t − 1)/t' (z' − z),  t' = (1 + √(1 + 4 t²))/2;   t = 1 where ⟨G, z' − z⟩ > 0
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Accelerated(Estimator):
             optional=True,
         )
         object.__setattr__(self, "base", parse(self.base))
+        for flag in ("needs_outer_loss", "unrolls", "follows", "partial"):
+            object.__setattr__(self, flag, getattr(self.base, flag))
 
     def __str__(self) -> str:
         options = {**changed(self), "base": str(self.base)}
@@ -102,6 +104,10 @@ class Accelerated(Estimator):
     def check_outer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse all but plain SGD, whose step is z' = x̃ − α G."""
         _checks.plain_sgd(str(self), optimizer)
+
+    def follow(self, situation: Situation) -> None:
+        """As ``base``; see `Estimator.follow`."""
+        self._base.follow(situation)
 
     def direct(self, situation: Situation, step: StepRecord) -> None:
         """As ``base``; see `Estimator.direct`."""

@@ -60,7 +60,7 @@ class Sampling(Protocol):
     def ticket(self, step: StepRecord | None = None, full: bool = False) -> Ticket:
         """A new ticket for samples like the given step, or the last recorded one.
 
-        With ``full``, every sample is the mean over all data, or over the window.
+        With ``full``, every sample is the mean over all data.
         """
         ...
 

@@ -71,7 +71,8 @@ def bound(
         The bound; about two products and ‖J‖.
 
     Raises:
-        BilevelError: no constants were declared, or μ is not positive.
+        BilevelError: no constants were declared, μ is not positive, or outer variables enter beside
+            the registered losses.
     """
     declared = situation.loop.smoothness
     if declared is None:
@@ -80,9 +81,23 @@ def bound(
             "the present outer variables: @optimizer.smoothness above def constants(): return "
             "tb.Smoothness(strong_convexity=..., hessian=..., cross=..., outer=...)."
         )
-    like = outer.inner
+    loop, like = situation.loop, outer.inner
+    if loop.hyperparameters is not None or (
+        loop.proximal and situation.problem.initial
+    ):
+        raise BilevelError(
+            "certify=True knows how the outer variables enter the registered losses, and here they "
+            "also set the weight decay or the point of a proximal term, of which the bound would "
+            "know nothing. Write that term into the inner loss, or leave certify out."
+        )
     with torch.no_grad():
         found = declared()
+        if not isinstance(found, Smoothness):
+            raise BilevelError(
+                f"The function registered with @optimizer.smoothness returned "
+                f"{type(found).__name__}. Return tb.Smoothness(strong_convexity=..., hessian=..., "
+                "cross=..., outer=...)."
+            )
         mu, L_H, L_B, L_f, L_fx = (
             torch.as_tensor(value, dtype=like.dtype, device=like.device)
             for value in (
@@ -92,6 +107,11 @@ def bound(
                 found.outer,
                 found.outer_cross,
             )
+        )
+    if mu.numel() != 1 or not all(c.numel() == 1 for c in (L_H, L_B, L_f, L_fx)):
+        raise BilevelError(
+            "Smoothness(...): the constants are numbers, and a tensor with several entries was "
+            "given. Take the smallest strong_convexity and the largest of the others."
         )
     if not bool(mu > 0):
         raise BilevelError(
@@ -108,7 +128,11 @@ def bound(
 
 
 def cross_norm(at: Linearization, max_steps: int = 50) -> Tensor:
-    """‖J‖, the spectral norm: exact for few rows or columns, else power iteration plus 2 %."""
+    """‖J‖, the spectral norm: exact for few rows or columns, else power iteration plus 2 %.
+
+    Beyond `EXACT` rows and columns it is an estimate: power iteration comes from below, and where
+    the largest singular values lie close together it may stop short by more than 2 %.
+    """
     inner, outer = at.problem.inner.layout, at.problem.outer.layout
     if min(inner.numel, outer.numel) <= EXACT:
         by_rows = outer.numel <= inner.numel

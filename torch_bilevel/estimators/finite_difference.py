@@ -145,7 +145,7 @@ class FiniteDifference(Estimator):
         at = System(situation, calls, damping=0.0)
         found = cross_difference(problem, calls, at.signed(v), self.radius)
         Jv, reached, lost = found
-        Jv, reached = with_declared(situation, at, v, Jv, reached)
+        Jv, reached = with_declared(situation, steps[-1], at, v, Jv, reached)
         return Estimate(
             gradient=outer.outer - Jv,
             reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],

@@ -68,6 +68,12 @@ class Implicit(Estimator):
                 f"Implicit(solver={self.solver!r}): solver must be a linear solver object such "
                 "as CG(), or write estimator='cg'."
             )
+        if self.solver.stochastic:
+            raise UnknownName(
+                f"Implicit(solver={self.solver!r}): this solver takes a new sample in every "
+                "product, and Implicit uses recorded batches. Write "
+                f"Stochastic({type(self.solver).__name__}(...)), or its name."
+            )
         _checks.positive_int("Implicit", "hessian_calls", self.hessian_calls)
         _checks.positive_int("Implicit", "cross_calls", self.cross_calls, optional=True)
         _checks.real("Implicit", "damping", self.damping)
@@ -135,7 +141,7 @@ class Implicit(Estimator):
         certified = (
             bound(situation, at, outer, found.value, Jv) if self.certify else None
         )
-        Jv, reached = with_declared(situation, at, found.value, Jv, reached)
+        Jv, reached = with_declared(situation, steps[-1], at, found.value, Jv, reached)
         return Estimate(
             gradient=outer.outer - Jv,
             reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],

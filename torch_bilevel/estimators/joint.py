@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from .. import _checks
 from .._registry import changed, describe
+from ..errors import BilevelError
 from ..inner import RULES, StepRecord, Window, stationarity
-from ..problem import BilevelProblem, OuterGradients, WeightedCall, mean_calls
-from ..solvers import relative, solution
+from ..problem import OuterGradients, WeightedCall
+from ..solvers import Operator, solution
+from ..solvers.spectrum import largest_eigenvalue
 from .base import Estimate, Estimator, Situation, Wording
 from .memory import DirectionMemory, Plain, parse_memory
 from .points import at_point, check_memory, direct, present, walk
@@ -33,13 +35,13 @@ class Joint(Estimator):
     """Single-loop directions: v is state and moves once for every inner step.
 
     With several inner steps in a window, v moves at each of them and x along the mean of D_x; with
-    ``inner_steps=1`` it is the published algorithm. The reported residual is ‖D_v‖/‖∂_y f‖ before
-    the last step.
+    ``inner_steps=1`` it is the published algorithm. The reported residual is that before the
+    last step, ‖D_v‖/(‖H v‖ + ‖∂_y f‖).
 
     Needs: one inner optimizer. Costs: for every inner step a gradient with its graph, one joint
     product and an evaluation of the outer loss, and the iterate it started from; twice that with a
-    memory that looks back. Tables of `Saga` take 3 p + d numbers for a batch (2 p + d inner, p + d
-    outer).
+    memory that looks back. Tables of `Saga` take 2 p + d numbers for an inner batch and p + d
+    for an outer one.
 
     Args:
         adjoint_lr: ρ, the step of v; None takes the learning rate of the inner optimizer's first
@@ -112,25 +114,27 @@ class Joint(Estimator):
         problem = situation.problem
         walking = Walking(self, situation)
         total, steps = problem.outer.layout.zeros(), 0
+        risky = self._risky(situation, walking.rate)
         with problem.inner.swapped():
             for step, y in walk(situation):
                 total += walking.advance(step, y)
                 steps += 1
         at = walking.at
         assert at is not None
-        declared, reached = with_declared(
-            situation, at, walking.v, problem.outer.layout.zeros(), walking.reached
-        )
         return Estimate(
-            gradient=total / steps - declared,
-            reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],
+            gradient=total / steps,
+            reached=[
+                a or b for a, b in zip(outer.reached, walking.reached, strict=True)
+            ],
             steps=steps,
             hessian_steps=steps,
             solution=solution(
                 walking.v,
                 walking.residual,
                 num_steps=torch.tensor(steps),
-                diverged=~torch.isfinite(walking.residual),
+                diverged=~torch.isfinite(walking.v).all(),
+                safe_step=risky,
+                risky_step=risky is not None,
             ),
             adjoint=walking.v,
             directions={"outer": walking.state},
@@ -138,6 +142,20 @@ class Joint(Estimator):
             if at.frozen
             else [],
         )
+
+    def _risky(self, situation: Situation, rate: Any) -> Tensor | None:
+        """1/λ̂_max if ρ exceeds it, looked at once, with ten products at most."""
+        memory = situation.memory.solver
+        if memory.eigenvalue is not None:
+            return None
+        at = System(situation, situation.window.steps()[-1].calls, self.damping)
+        numel = situation.problem.inner.layout.numel
+        operator = Operator(at.product, numel, at.symmetric)
+        if not operator.symmetric:
+            return None
+        zeros = situation.problem.inner.layout.zeros()
+        size = largest_eigenvalue(operator, zeros, memory, max_steps=10)
+        return 1 / size if bool(rate * size > 1 + 1e-6) else None
 
 
 class Walking:
@@ -147,7 +165,7 @@ class Walking:
         v: the adjoint.
         state: what the memories remember, per sum, and the last point.
         reached: per outer tensor, whether a step depends on it.
-        residual: ‖D_v‖/‖∂_y f‖ of the last step.
+        residual: ‖D_v‖/(‖H v‖ + ‖∂_y f‖) of the last step.
         at: the system of the last step.
     """
 
@@ -158,10 +176,18 @@ class Walking:
         v = situation.memory.adjoint
         fits = v is not None and len(v) == problem.inner.layout.numel
         self.v = v if v is not None and fits else problem.inner.layout.zeros()
+        y_memory = estimator.memory
+        x_memory = estimator.outer_memory or y_memory
+        self.memories: dict[str, DirectionMemory] = {
+            "Hv": y_memory,
+            "fy": y_memory,
+            "Jv": x_memory,
+            "fx": x_memory,
+        }  # type: ignore[assignment]
         known = situation.memory.directions.get("outer", {})
-        self.state: dict[str, Any] = {
-            k: dict(s) if isinstance(s, dict) else s for k, s in known.items()
-        }
+        self.state: dict[str, Any] = dict(known)
+        for name, memory in self.memories.items():
+            self.state[name] = memory.begin(known.get(name, {}))
         self.x = problem.outer.read()
         self.reached = [False] * len(problem.outer.tensors)
         self.residual = torch.zeros(())
@@ -173,47 +199,37 @@ class Walking:
 
     def advance(self, step: StepRecord, y: Tensor) -> Tensor:
         """Move v by one step; D_x, where the step started."""
-        situation, problem = self.situation, self.situation.problem
-        y_memory = self.estimator.memory
-        x_memory = self.estimator.outer_memory or y_memory
-        memories = {"Hv": y_memory, "fy": y_memory, "Jv": x_memory, "fx": x_memory}
+        problem, state = self.situation.problem, self.state
         directions: dict[str, Tensor] = {}
         full = {
-            name: memory.refreshes(self.state.get(name, {}))  # type: ignore[union-attr]
-            for name, memory in memories.items()
+            name: memory.refreshes(state[name])
+            for name, memory in self.memories.items()
         }
 
         @cache
         def new(full: bool) -> dict[str, Tensor]:
             calls, outer = self._calls(step, full)
-            return self._sums(problem, calls, outer, self.v)
+            return self._sums(step, calls, outer, self.v)
 
         @cache
         def old() -> dict[str, Tensor]:
-            with at_point(problem, self.state["x"], self.state["y"]):
+            with at_point(problem, state["x"], state["y"]):
                 calls, outer = self._calls(step, False)
-                return self._sums(problem, calls, outer, self.state["v"])
+                return self._sums(step, calls, outer, state["v"])
 
-        for name, memory in memories.items():
-            assert isinstance(memory, DirectionMemory)
-
-            def row(name: str = name) -> tuple[int, int]:
-                if name in ("Hv", "Jv"):
-                    return situation.sampler.number(present(step))
-                if len(situation.outer_calls) == 1:
-                    return situation.sampler.number(situation.outer_calls[0][0])
-                return 0, 1
-
+        for name, memory in self.memories.items():
             directions[name] = memory.direction(
-                self.state.setdefault(name, {}),
+                state[name],
                 new(full[name])[name],
                 lambda name=name: old()[name],
-                row,
+                partial(self._row, step, inner=name in ("Hv", "Jv")),
             )
-        self.state["x"], self.state["y"], self.state["v"] = self.x, y, self.v
+        state["x"], state["y"], state["v"] = self.x, y, self.v
         # v ← v − ρ (H v − ∂_y f)
         D_v = directions["Hv"] - directions["fy"]
-        self.residual = relative(D_v, directions["fy"])
+        norm = torch.linalg.vector_norm
+        size = norm(directions["Hv"]) + norm(directions["fy"])
+        self.residual = torch.where(size > 0, norm(D_v) / size, 0.0)
         self.v = self.v - self.rate * D_v
         return directions["fx"] - directions["Jv"]
 
@@ -223,20 +239,36 @@ class Walking:
         sampler, outer = self.situation.sampler, self.situation.outer_calls
         if not full:
             return step.calls, outer
-        return mean_calls(sampler.ticket(step, full).samples(1)), sampler.outer(outer)
+        (everything,) = sampler.ticket(step, full).samples("all", 1)
+        return everything, sampler.outer(outer)
+
+    def _row(self, step: StepRecord, inner: bool) -> tuple[int, int]:
+        """The number of the batch the inner or the outer sums are of, and how many there are."""
+        number = self.situation.sampler.number
+        if inner:
+            return number(present(step))
+        found = {number(call) for call, _ in self.situation.outer_calls}
+        if len(found) != 1 or len(self.situation.outer_calls) != 1 < max(found)[1]:
+            raise BilevelError(
+                f"{self.estimator} looks up the batch of the outer loss in a table, and this outer "
+                f"step averages over {len(self.situation.outer_calls)} of them. Use larger "
+                "batches instead (batches=1), or 'soba'."
+            )
+        return found.pop()
 
     def _sums(
         self,
-        problem: BilevelProblem,
+        step: StepRecord,
         calls: Sequence[WeightedCall],
         outer: Sequence[WeightedCall],
         v: Tensor,
     ) -> dict[str, Tensor]:
         """H v, J v, ∂_y f and ∂_x f on some calls at the present point."""
-        f = problem.outer_gradients(outer)
+        f = self.situation.problem.outer_gradients(outer)
         self.at = System(self.situation, calls, self.estimator.damping)
         Hv, Jv = self.at.joint(v)
         reached = self.at.linearization.reached
         self.at.forget()
+        Jv, reached = with_declared(self.situation, step, self.at, v, Jv, reached)
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
         return {"Hv": Hv, "Jv": Jv, "fy": f.inner, "fx": f.outer}

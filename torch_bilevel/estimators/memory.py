@@ -16,6 +16,7 @@ SAGA is with one batch (rows of several batches are of different ages also witho
 from __future__ import annotations
 
 import abc
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class DirectionMemory(abc.ABC):
     def refreshes(self, state: State) -> bool:
         """Whether the coming direction is to be that of a full pass."""
         return False
+
+    def begin(self, known: State) -> State:
+        """A copy of what is remembered to go on from; it stays until a step is taken."""
+        return dict(known)
 
     @abc.abstractmethod
     def direction(
@@ -155,8 +160,27 @@ class Storm(DirectionMemory):
         return d
 
 
+class Recursive(DirectionMemory):
+    """Recursive differences, and full passes now and then."""
+
+    looks_back: ClassVar[bool] = True
+    every_step: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def refreshes(self, state: State) -> bool:
+        """Whether the coming direction is to be that of a full pass."""
+
+    def direction(
+        self, state: State, new: Tensor, old: Callable[[], Tensor], row: Any
+    ) -> Tensor:
+        """Along d + d(z_k; ξ) − d(z_{k−1}; ξ); see `DirectionMemory.direction`."""
+        d = new if self.refreshes(state) else state["direction"] + new - old()
+        state["direction"], state["count"] = d, state.get("count", 0) + 1
+        return d
+
+
 @dataclass(frozen=True)
-class Sarah(DirectionMemory):
+class Sarah(Recursive):
     """Recursive differences with a full pass every ``period`` steps (SARAH, SPIDER): VRBO, SRBA.
 
     Costs one more evaluation at the last point, and three vectors; a full pass is over all of
@@ -174,8 +198,6 @@ class Sarah(DirectionMemory):
     period: int = 3
 
     name: ClassVar[str] = "sarah"
-    looks_back: ClassVar[bool] = True
-    every_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.positive_int("Sarah", "period", self.period)
@@ -184,17 +206,9 @@ class Sarah(DirectionMemory):
         """Every ``period`` steps; see `DirectionMemory.refreshes`."""
         return state.get("count", 0) % self.period == 0
 
-    def direction(
-        self, state: State, new: Tensor, old: Callable[[], Tensor], row: Any
-    ) -> Tensor:
-        """Along d + d(z_k; ξ) − d(z_{k−1}; ξ); see `DirectionMemory.direction`."""
-        d = new if self.refreshes(state) else state["direction"] + new - old()
-        state["direction"], state["count"] = d, state.get("count", 0) + 1
-        return d
-
 
 @dataclass(frozen=True)
-class Page(DirectionMemory):
+class Page(Recursive):
     """As `Sarah`, with a full pass by chance (PAGE, Li et al. 2021): SPABA.
 
     Args:
@@ -211,8 +225,6 @@ class Page(DirectionMemory):
     seed: int = 0
 
     name: ClassVar[str] = "page"
-    looks_back: ClassVar[bool] = True
-    every_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _fraction("Page", "probability", self.probability)
@@ -223,14 +235,6 @@ class Page(DirectionMemory):
         chance = random.Random(self.seed * 1_000_003 + count).random()
         return count == 0 or chance < self.probability
 
-    def direction(
-        self, state: State, new: Tensor, old: Callable[[], Tensor], row: Any
-    ) -> Tensor:
-        """Along d + d(z_k; ξ) − d(z_{k−1}; ξ); see `DirectionMemory.direction`."""
-        d = new if self.refreshes(state) else state["direction"] + new - old()
-        state["direction"], state["count"] = d, state.get("count", 0) + 1
-        return d
-
 
 @dataclass(frozen=True)
 class Saga(DirectionMemory):
@@ -239,7 +243,7 @@ class Saga(DirectionMemory):
     Needs numbered batches (`Batches`). Costs no evaluation, and a table of one vector per batch.
 
     Args:
-        max_bytes: refuse a table larger than this.
+        max_bytes: refuse a table larger than this; SABA has five.
 
     Example:
         >>> import torch_bilevel as tb
@@ -253,6 +257,12 @@ class Saga(DirectionMemory):
 
     def __post_init__(self) -> None:
         _checks.positive_int("Saga", "max_bytes", self.max_bytes)
+
+    def begin(self, known: State) -> State:
+        """See `DirectionMemory.begin`; rows that a step was taken along go into the table."""
+        for number, row in known.get("rows", {}).items():
+            known["table"][number] = row
+        return {**known, "rows": {}}
 
     def direction(
         self,
@@ -274,11 +284,11 @@ class Saga(DirectionMemory):
                 )
             state["table"] = new.new_zeros(rows, new.numel())
             state["mean"] = torch.zeros_like(new)
-        change = new - state["table"][number]
+        before = state["rows"].get(number)
+        change = new - (state["table"][number] if before is None else before)
         d = change + state["mean"]
-        # In place, both: a table of newer rows is as good, whoever asked for the direction.
-        state["mean"].add_(change, alpha=1 / rows)
-        state["table"][number] = new
+        state["mean"] = state["mean"] + change / rows
+        state["rows"][number] = new
         return d
 
 
@@ -287,7 +297,7 @@ MEMORIES: dict[str, type[DirectionMemory]] = {
     for cls in list(globals().values())
     if isinstance(cls, type)
     and issubclass(cls, DirectionMemory)
-    and cls is not DirectionMemory
+    and not inspect.isabstract(cls)
 }
 """Name → class."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BilevelError, NoInnerStep
 from ..inner import StepRecord
-from ..problem import BilevelProblem, Call, mean_calls
+from ..problem import BilevelProblem, Call, WeightedCall
 from .base import Estimator, Situation
 
 if TYPE_CHECKING:
@@ -99,24 +99,34 @@ def direct(memory: DirectionMemory, situation: Situation, step: StepRecord) -> N
     """Replace the inner gradients in ``.grad`` by the remembered direction."""
     problem = situation.problem
     layout = problem.inner.layout
-    state = situation.memory.directions.setdefault("inner", {})
+    known = situation.memory.directions.setdefault("inner", {})
     x, y = problem.outer.read(), problem.inner.read()
     gradients = [p.grad for p in problem.inner.tensors]
-    if memory.refreshes(state):
-        calls = mean_calls(situation.sampler.ticket(step, full=True).samples(1))
-        new = layout.flatten(problem.inner_gradients(calls, once=True))
-    else:
-        new = layout.flatten([None if g is None else g.detach() for g in gradients])
+    there = [g is not None for g in gradients]
+
+    def field(calls: Sequence[WeightedCall]) -> Tensor:
+        """What the loop would step along: the gradient, after its declared transform."""
+        parts = problem.inner_gradients(calls, once=True)
+        return layout.flatten(
+            situation.loop.transformed(parts, there, problem.inner.tensors)
+        )
 
     def old() -> Tensor:
         with at_point(problem, state["x"], state["y"]):
-            return layout.flatten(problem.inner_gradients(step.calls, once=True))
+            return field(step.calls)
 
+    state = memory.begin(known)
+    if memory.refreshes(state):
+        (everything,) = situation.sampler.ticket(step, full=True).samples("all", 1)
+        new = field(everything)
+    else:
+        new = layout.flatten([None if g is None else g.detach() for g in gradients])
     d = memory.direction(
         state, new, old, lambda: situation.sampler.number(present(step))
     )
     if memory.looks_back:
         state["x"], state["y"] = x, y
+    known.update(state)
     for gradient, part in zip(gradients, layout.split(d), strict=True):
         if gradient is not None:
             gradient.copy_(part)

@@ -142,20 +142,16 @@ class Stochastic(Estimator):
             outer: value and partial gradients of f, here.
             ticket: what samples are drawn from.
         """
-        problem, decay = situation.problem, self.damping
-        first = ticket.samples(1)[
-            0
-        ]  # for step sizes; drawn always, so that tickets agree
-        drawn = 0
+        problem, decay, used = situation.problem, self.damping, set()
 
-        def sample(count: int) -> Operator:
-            nonlocal drawn
-            size = count * self.hessian_batches * self.hessian_ratio**drawn
-            drawn += 1
-            calls = mean_calls(ticket.samples(max(1, math.ceil(size))))
+        def sample(number: int) -> Operator:
+            used.add(number)
+            count = math.ceil(self.hessian_batches * self.hessian_ratio**number)
+            calls = mean_calls(ticket.samples(("H", number), max(1, count)))
             return Operator(System(situation, calls, decay).product, len(outer.inner))
 
-        at = System(situation, first, decay)
+        last = situation.window.steps()[-1]
+        at = System(situation, last.calls, decay)  # good enough for step sizes
         operator = Operator(
             at.product,
             len(outer.inner),
@@ -168,14 +164,14 @@ class Stochastic(Estimator):
         x0 = None if x0 is None or x0.shape != outer.inner.shape else x0
         solution = self.solver.solve(operator, outer.inner, x0, situation.memory.solver)
         at.forget()
-        v, crossed = solution.value, ticket.samples(self.cross_batches)
+        v, crossed = solution.value, ticket.samples("J", self.cross_batches)
         Jv, reached = mean_cross(problem, crossed, at, v)
-        Jv, reached = with_declared(situation, at, v, Jv, reached)
+        Jv, reached = with_declared(situation, last, at, v, Jv, reached)
         return Estimate(
             gradient=outer.outer - Jv,
             reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],
             steps=len(crossed),
-            hessian_steps=drawn,
+            hessian_steps=len(used),
             solution=solution,
             adjoint=v,
             notes=["decoupled weight decay held at its present preconditioner"]
@@ -187,7 +183,7 @@ class Stochastic(Estimator):
         """The remembered direction after the window, where its steps started."""
         memory, problem = self.memory, situation.problem
         assert isinstance(memory, DirectionMemory)
-        state = dict(situation.memory.directions.get("outer", {}))
+        state = memory.begin(situation.memory.directions.get("outer", {}))
         one = memory.every_step and self.cross_batches is None
         single = replace(self, cross_batches=1) if one else self
         x, found = problem.outer.read(), None
@@ -202,7 +198,6 @@ class Stochastic(Estimator):
                 )
 
                 def old(calls: Any = calls, ticket: Ticket = ticket) -> Tensor:
-                    ticket.rewind()
                     with at_point(problem, state["x"], state["y"]):
                         outer = problem.outer_gradients(calls)
                         return single.sampled(situation, outer, ticket).gradient

@@ -42,12 +42,18 @@ def check_declared(situation: Situation) -> None:
 
 
 def with_declared(
-    situation: Situation, at: System, v: Tensor, Jv: Tensor, reached: list[bool]
+    situation: Situation,
+    step: StepRecord,
+    at: System,
+    v: Tensor,
+    Jv: Tensor,
+    reached: list[bool],
 ) -> tuple[Tensor, list[bool]]:
     """J v with what enters beside the registered losses: learned weight decay, a proximal term.
 
     Args:
-        situation: problem, window and loop.
+        situation: problem and loop.
+        step: the inner step whose hyperparameters are the present ones.
         at: the system v solves.
         v: the adjoint.
         Jv: J v of the losses, flat.
@@ -57,7 +63,6 @@ def with_declared(
         The sum, and which outer tensors it reaches.
     """
     if situation.loop.hyperparameters is not None:
-        step = situation.window.steps()[-1]
         through, touched = decay_cross(situation, step, v)
         Jv = Jv + through
         reached = [a or b for a, b in zip(reached, touched, strict=True)]

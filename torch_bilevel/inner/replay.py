@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import OpaqueStep, ReplayMismatch
+from ..errors import NonFinite, OpaqueStep, ReplayMismatch
 from ..problem import BilevelProblem
 from .adjoint import Adjoint
 from .loop import Loop
@@ -67,6 +67,7 @@ def check_mismatch(
 
     Raises:
         ReplayMismatch: with the step and the relative error.
+        NonFinite: a step is not finite.
     """
     if not errors:
         return
@@ -78,6 +79,12 @@ def check_mismatch(
         if not error <= bound and error < KINK and unexplained is not None:
             error = unexplained(index)
         if not error <= bound:
+            if error != error:
+                raise NonFinite(
+                    f"Inner step {number} of this window is not finite: the inner parameters "
+                    "have probably diverged. Look at the training loss, and lower the inner "
+                    "learning rate."
+                )
             several = isinstance(number, range)
             where = f"s {number[0]} to {number[-1]}" if several else f" {number}"
             raise ReplayMismatch(

@@ -124,7 +124,7 @@ def check_hypergradient(
     gradient = problem.outer.layout.flatten(parts)
     steps = optimizer._recorder.window.steps()
     level = tolerance(problem, [call for step in steps for call in step.calls])
-    replays = getattr(chosen, "base", chosen).unrolls
+    replays = chosen.unrolls
     runner = Runner(optimizer, steps, calls, 1 if replays else max_steps, _STILL[level])
     epsilon = _EPSILON[level] if epsilon is None else epsilon
     generator = torch.Generator().manual_seed(seed)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .bilevel import BilevelOptimizer
 
 PASTE = (
-    "batches = tb.Batches((x, y), batch_size=64), register the loss with data=batches, and "
-    "iterate over it: for x, y in batches"
+    "Use numbered batches: batches = tb.Batches((x, y), batch_size=64), register the loss with "
+    "data=batches, and iterate over it: for x, y in batches"
 )
 
 
@@ -43,8 +43,9 @@ class Sampler:
         """A new ticket: nothing is drawn yet.
 
         Args:
-            step: samples have its losses and weights; None takes the last recorded step.
-            full: every sample is the mean over all data, or over the window.
+            step: the one to go by before any is recorded; full passes have its losses and
+                weights. None takes the last recorded step.
+            full: every sample is the mean over all data.
         """
         if self._generator is None:
             # seeded from the program's generator, which does not move
@@ -55,33 +56,60 @@ class Sampler:
         like = window[-1] if step is None else step
         if not full:
             return Ticket(lambda n: self._samples(like, window, n), self._generator)
-        return Ticket(lambda _: [self._everything(like, window)], self._generator)
+        return Ticket(lambda _: [self._everything(like)], self._generator)
 
     def outer(self, calls: Sequence[WeightedCall]) -> Sequence[WeightedCall]:
-        """The outer calls of a full pass over their `Batches`, or these where there are none."""
+        """The outer calls of a full pass over their data, or these where none was registered.
+
+        Raises:
+            BilevelError: data was registered that cannot be passed over.
+        """
         found: list[WeightedCall] = []
-        for call, weight in calls:
+        for call, weight in _weights(calls).values():
             loss = _of(self._owner.outer_losses, call)
-            batches = loss.data.source if loss and loss.data else None
-            if isinstance(batches, Batches):
-                found += [
-                    (replace(call, args=batches[k], versions=[]), weight / len(batches))
-                    for k in range(len(batches))
-                ]
-            else:
-                found.append((call, weight))
+            if loss is None or loss.data is None:
+                own = [item for item in calls if item[0].function is call.function]
+                found += own
+                continue
+            batches = self._all(loss)
+            found += [
+                (replace(call, args=batch, versions=[]), weight / len(batches))
+                for batch in batches
+            ]
         return found
+
+    def _all(self, loss: Any) -> list[tuple]:
+        """Every batch of a loss's data.
+
+        Raises:
+            BilevelError: it cannot be passed over.
+        """
+        data = loss.data
+        device = self._owner.problem.inner.layout.device
+        batches = None if data is None else data.everything(device)
+        if batches is None:
+            what = "none" if data is None else type(data.source).__name__
+            raise BilevelError(
+                f"{self._owner.estimator} takes a pass over all data now and then, and the data of "
+                f"{loss.name!r} cannot be passed over (data={what}). {PASTE}."
+            )
+        return batches
 
     @property
     def note(self) -> str:
         """What a report says about where samples come from."""
         losses = self._owner.inner_losses.values()
         lacking = [loss.name for loss in losses if loss.data is None]
-        if not lacking:
-            return ""
-        return (
-            f"inner batches drawn from the window (no data= for {', '.join(lacking)})"
-        )
+        if lacking:
+            names = ", ".join(lacking)
+            return f"inner batches drawn from the window (no data= for {names})"
+        in_order = [loss.name for loss in losses if loss.data and loss.data.in_order]
+        if in_order:
+            return (
+                f"inner batches are consecutive ones of an epoch ({', '.join(in_order)}), which "
+                "are not independent; those of tb.Batches are"
+            )
+        return ""
 
     def number(self, call: Call) -> tuple[int, int]:
         """The number of the batch a call was made on, and how many there are.
@@ -93,12 +121,13 @@ class Sampler:
         loss = _of(owner.inner_losses, call) or _of(owner.outer_losses, call)
         source = loss.data if loss else None
         batches = source.source if source else None
-        if isinstance(batches, Batches):
+        one = isinstance(batches, (list, tuple)) and len(batches) == 1
+        if source is not None and (source.batches == "all" or one):
+            return 0, 1  # the same batches every time
+        elif isinstance(batches, Batches):
             found = batches.number((*call.args, *call.kwargs.values()))
             if found is not None:
                 return found, len(batches)
-        elif source is not None and source.batches == "all":
-            return 0, 1  # the same batches every time
         elif not call.args and not call.kwargs:
             return 0, 1  # a loss without arguments has one batch
         what = (
@@ -108,55 +137,50 @@ class Sampler:
         )
         raise BilevelError(
             f"A SAGA table has a row for every batch, and which batch {call.name!r} was called on "
-            f"cannot be told: {what}. Use numbered batches: {PASTE}."
+            f"cannot be told: {what}. {PASTE}. Batches(..., device=...) moves them and still knows "
+            "them."
         )
 
     def _samples(
         self, like: StepRecord, window: Sequence[StepRecord], count: int | None
     ) -> list[Sample]:
         """Independent samples; None takes as many as the window has steps."""
-        losses = self._owner.inner_losses
-        total = _weights(like)
-        lacking = [f for f, call in total.items() if not _has_data(losses, call[0])]
         steps = list(window) or [like]
-        number = len(steps) if count is None else count
-        picks = list(range(len(steps)))
-        if lacking and count is not None:
-            picks = torch.randint(
-                len(steps), (count,), generator=self._generator
-            ).tolist()
-        samples: list[Sample] = []
-        for index in range(number):
-            calls: Sample = []
-            for function, (call, weight) in total.items():
-                if function in lacking:
-                    recorded = steps[picks[index]].calls
-                    calls += [item for item in recorded if item[0].function is function]
-                else:
-                    calls.append((self._fresh(call), weight))
-            samples.append(calls)
-        return samples
+        picks: Sequence[int] = range(len(steps))
+        if (
+            count is not None
+        ):  # which losses a step is made of may differ from step to step
+            known = self._generator
+            picks = torch.randint(len(steps), (count,), generator=known).tolist()
+        return [self._sample(steps[pick]) for pick in picks]
 
-    def _everything(self, like: StepRecord, window: Sequence[StepRecord]) -> Sample:
-        """The mean over all data of each loss, or over the window where it has none."""
+    def _sample(self, step: StepRecord) -> Sample:
+        """A step's losses on new batches; on its own where there is no data to draw from."""
         calls: Sample = []
-        for function, (call, weight) in _weights(like).items():
+        for function, (call, weight) in _weights(step.calls).items():
             loss = _of(self._owner.inner_losses, call)
-            batches = loss.data.source if loss and loss.data else None
-            if isinstance(batches, Batches):
-                count = len(batches)
-                calls += [
-                    (self._fresh(call, batches[k]), weight / count)
-                    for k in range(count)
-                ]
+            if loss is None or loss.data is None:
+                calls += [item for item in step.calls if item[0].function is function]
             else:
-                steps = list(window) or [like]
-                calls += [
-                    (known, w / len(steps))
-                    for step in steps
-                    for known, w in step.calls
-                    if known.function is function
-                ]
+                calls.append((self._fresh(call), weight))
+        return calls
+
+    def _everything(self, step: StepRecord) -> Sample:
+        """The mean over all data of each loss of a step.
+
+        Raises:
+            BilevelError: a loss with arguments has no data that can be passed over.
+        """
+        calls: Sample = []
+        for call, weight in _weights(step.calls).values():
+            loss = _of(self._owner.inner_losses, call)
+            if loss.data is None and not call.args and not call.kwargs:
+                calls.append((call, weight))  # without arguments it is all there is
+                continue
+            batches = self._all(loss)
+            calls += [
+                (self._fresh(call, batch), weight / len(batches)) for batch in batches
+            ]
         return calls
 
     def _fresh(self, like: Call, batch: tuple | None = None) -> Call:
@@ -200,15 +224,10 @@ def _of(losses: Mapping[str, Any], call: Call) -> Any:
     return next(found, None)
 
 
-def _has_data(losses: Mapping[str, Any], call: Call) -> bool:
-    loss = _of(losses, call)
-    return loss is not None and loss.data is not None
-
-
-def _weights(step: StepRecord) -> dict[Any, tuple[Call, Any]]:
-    """Per loss, a call of a step and the weight of all its calls together."""
+def _weights(calls: Sequence[WeightedCall]) -> dict[Any, tuple[Call, Any]]:
+    """Per loss, one of its calls and the weight of all of them together."""
     total: dict[Any, tuple[Call, Any]] = {}
-    for call, weight in step.calls:
+    for call, weight in calls:
         known = total.get(call.function)
         total[call.function] = (call, weight if known is None else known[1] + weight)
     return total

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BilevelError, OuterDataExhausted
-from .batches import Batches
+from .batches import Batches, to_device
 from .randomness import Randomness, preserved
 
 
@@ -39,6 +39,12 @@ class DataSource:
         self.stream: Randomness | None = None
         self.epoch_start: Randomness | None = None
         self.generator_start: Tensor | None = None
+        if isinstance(source, tuple) and all(isinstance(t, Tensor) for t in source):
+            raise BilevelError(
+                f"{role}_loss(data=(tensor, ...)): every row of the first tensor would be a batch. "
+                f"Write data=tb.Batches((x, y), batch_size=64) for minibatches, or data=[(x, y)] "
+                "for one batch of everything."
+            )
         if not self.iterable and self.iterator is None and not callable(source):
             raise BilevelError(
                 f"{role}_loss(data={type(source).__name__}): data must be an iterable such as "
@@ -50,6 +56,13 @@ class DataSource:
                 f"DataLoader or a list, not {type(source).__name__}."
             )
 
+    @property
+    def in_order(self) -> bool:
+        """Whether draws are consecutive batches of one pass, several of them, in its order."""
+        if isinstance(self.source, Batches) or callable(self.source):
+            return False
+        return not hasattr(self.source, "__len__") or len(self.source) > 1
+
     def draw(self, device: torch.device, count: int | None = None) -> list[tuple]:
         """Argument tuples on the given device.
 
@@ -59,19 +72,34 @@ class DataSource:
         """
         if isinstance(self.source, Batches) and self.batches != "all":
             drawn = self.source.draw(count or int(self.batches))
-            return [_arguments(batch, device) for batch in drawn]
+            return [self.source.moved(batch, device) for batch in drawn]
+        if self.batches == "all" and count is None:
+            everything = self.everything(device)
+            assert everything is not None
+            return everything
         with preserved():
             if self.stream is not None:
                 self.stream.restore()
-            if self.batches == "all" and count is None:
-                batches = list(self.source)
-                if not batches:
-                    raise self._empty()
-            else:
-                number = int(self.batches) if count is None else count
-                batches = [self._next() for _ in range(number)]
+            number = int(self.batches) if count is None else count
+            batches = [self._next() for _ in range(number)]
             self.stream = Randomness()
         return [_arguments(batch, device) for batch in batches]
+
+    def everything(self, device: torch.device) -> list[tuple] | None:
+        """Every batch once, on the given device; None where that cannot be had."""
+        if isinstance(self.source, Batches):
+            known = self.source
+            return [known.moved(known[k], device) for k in range(len(known))]
+        if not self.iterable:
+            return None
+        with preserved():
+            if self.stream is not None:
+                self.stream.restore()
+            batches = [_arguments(batch, device) for batch in self.source]
+            self.stream = Randomness()
+        if not batches:
+            raise self._empty()
+        return batches
 
     def _next(self) -> Any:
         if not self.iterable and self.iterator is None:
@@ -148,14 +176,4 @@ class DataSource:
 def _arguments(batch: Any, device: torch.device) -> tuple:
     if not isinstance(batch, (tuple, list)):
         batch = (batch,)
-    return tuple(_to(item, device) for item in batch)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value
+    return tuple(to_device(item, device) for item in batch)

@@ -1,16 +1,18 @@
 """Independent samples of the inner objective, which can be taken again at another point.
 
     sample   the weighted calls of one inner step
-    ticket   the samples (and random numbers) of one evaluation, in order
+    ticket   the samples (and random numbers) of one evaluation, by what they are for
 
 A recursive direction such as STORM's evaluates the same estimator at two points *on the same
 samples*, all batches of a Neumann series and its random length included. So what an evaluation
-draws is remembered in a ticket, and rewinding it gives the same things again, in the same order.
+draws is remembered in a ticket, which gives the same thing for the same purpose, also where the
+second evaluation asks in another order, or for more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -36,29 +38,21 @@ class Ticket:
     ):
         self._fresh = fresh
         self._generator = generator
-        self._drawn: list[Any] = []
-        self._next = 0
+        self._drawn: dict[Hashable, Any] = {}
 
-    def samples(self, count: int | None) -> list[Sample]:
-        """Independent samples of the inner objective."""
-        return self._again(lambda: self._fresh(count))
+    def samples(self, purpose: Hashable, count: int | None) -> list[Sample]:
+        """Independent samples of the inner objective, the same ones for the same purpose."""
+        return self._once(purpose, lambda: self._fresh(count))
 
     def integer(self, below: int) -> int:
-        """A whole number, uniformly from 0 to ``below`` − 1."""
-        return self._again(
-            lambda: int(torch.randint(below, (), generator=self._generator))
-        )
+        """A whole number, uniformly from 0 to ``below`` − 1, the same one every time."""
+        draw = partial(torch.randint, below, (), generator=self._generator)
+        return self._once("integer", lambda: int(draw()))
 
-    def rewind(self) -> None:
-        """What is drawn next is what was drawn first."""
-        self._next = 0
-
-    def _again(self, draw: Callable[[], T]) -> T:
-        if self._next == len(self._drawn):
-            self._drawn.append(draw())
-        value = self._drawn[self._next]
-        self._next += 1
-        return value
+    def _once(self, purpose: Hashable, draw: Callable[[], T]) -> T:
+        if purpose not in self._drawn:
+            self._drawn[purpose] = draw()
+        return self._drawn[purpose]
 
 
 def mean_calls(samples: Sequence[Sample]) -> list[WeightedCall]:

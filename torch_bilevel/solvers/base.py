@@ -32,7 +32,7 @@ class Operator:
         size: the dimension.
         symmetric: whether A = Aᵀ.
         transpose: the product v ↦ Aᵀ v, for a map that is not symmetric.
-        sample: makes an independent A_ζ, the mean of so many batches; None where A is exact.
+        sample: makes A_ζ number k, independent of those of other numbers; None where A is exact.
         integer: a whole number below the one given, drawn so that it can be drawn again.
     """
 
@@ -57,9 +57,9 @@ class Operator:
         assert self.transpose is not None
         return self.transpose(v)
 
-    def draw(self, count: int = 1) -> Operator:
-        """An independent sample of A over ``count`` batches; A itself where it is exact."""
-        return self if self.sample is None else self.sample(count)
+    def draw(self, number: int) -> Operator:
+        """The independent sample of A of that number; A itself where it is exact."""
+        return self if self.sample is None else self.sample(number)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _checks
 from .base import Memory, Operator, Solution, Solver, relative, solution
-from .richardson import with_step_size
+from .richardson import LastGood, with_step_size
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,19 @@ class RandomTruncatedNeumann(Solver):
 
         def run(eta: Tensor) -> Solution:
             w = b
-            for _ in range(length):
+            good = LastGood(b, w)
+            for q in range(length):
                 # w ← (I − η A_ζ) w
-                w = w - eta * operator.draw()(w)
+                before, Aw = w, operator.draw(q)(w)
+                w = w - eta * Aw
+                good.note(w, w, before, Aw)
+            diverged = ~(torch.dot(w, w) <= torch.dot(b, b) * (1 + 1e-3))
             return solution(
-                eta * self.num_steps * w,
+                eta * self.num_steps * good.unless(diverged, w),
                 relative(w, b),
                 num_steps=torch.tensor(length, device=b.device),
-                diverged=~(torch.dot(w, w) <= torch.dot(b, b) * (1 + 1e-3)),
+                curvature=good.curvature,
+                diverged=diverged,
             )
 
         return with_step_size(run, operator, b, self.step_size, memory, limit=1.0)

@@ -139,6 +139,30 @@ def iterate(
     )
 
 
+class LastGood:
+    """The last iterate of a noisy iteration before its residual grew, should it diverge.
+
+    Args:
+        b: right-hand side, what residuals are compared with.
+        value: the iterate before the first step.
+    """
+
+    def __init__(self, b: Tensor, value: Tensor):
+        self._limit = torch.dot(b, b) * (1 + 1e-3)
+        self.value = value
+        self.curvature = b.new_zeros(())
+
+    def note(self, value: Tensor, r: Tensor, p: Tensor, Ap: Tensor) -> None:
+        """An iterate with its residual; pᵀ A p/pᵀp of the direction whose product was taken."""
+        self.value = torch.where(torch.dot(r, r) <= self._limit, value, self.value)
+        pp = torch.dot(p, p)
+        self.curvature = torch.where(pp > 0, torch.dot(p, Ap) / pp, self.curvature)
+
+    def unless(self, diverged: Tensor, value: Tensor) -> Tensor:
+        """``value``; where it diverged, and is not lost to inf or NaN, the last good one."""
+        return torch.where(diverged & torch.isfinite(value).all(), self.value, value)
+
+
 def with_step_size(
     run: Callable[[Tensor], Solution],
     operator: Operator,

@@ -7,17 +7,19 @@ with the gradient A_{ζ_k} v − b on a new sample in every step.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._registry import suggest
 from ..errors import UnknownName
 from .base import Memory, Operator, Solution, Solver, relative, solution
-from .richardson import with_step_size
+from .richardson import LastGood, with_step_size
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class SGDSolver(Solver):
     num_steps: int = 10
     lr: float | None = None
     optimizer: str = "SGD"
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
 
     name: ClassVar[str] = "sgd"
     stochastic: ClassVar[bool] = True
@@ -61,6 +63,14 @@ class SGDSolver(Solver):
                 f"SGDSolver(optimizer={self.optimizer!r}): write the name of a class in "
                 "torch.optim that steps without a closure, such as 'SGD' or 'Adam'."
             )
+        known = inspect.signature(kind).parameters.keys() - {"params", "lr"}
+        for option in self.options or {}:
+            if option not in known:
+                raise UnknownName(
+                    f"SGDSolver(options={dict(self.options or {})}): torch.optim."
+                    f"{self.optimizer} has no further option {option!r} (lr has its own place). "
+                    f"{suggest(option, known)}"
+                )
 
     def solve(
         self,
@@ -77,16 +87,23 @@ class SGDSolver(Solver):
                 v = torch.where(torch.dot(b, b) > 0, x0, v)
             kind = getattr(torch.optim, self.optimizer)
             descent = kind([v], lr=float(eta), **(self.options or {}))
+            good = LastGood(b, v.clone())
             r = b
-            for _ in range(self.num_steps):
-                r = b - operator.draw()(v)
+            for k in range(self.num_steps):
+                Av = operator.draw(k)(v)
+                r = b - Av
+                good.note(v, r, v, Av)
                 v.grad = -r
                 descent.step()
+            diverged = ~(torch.dot(r, r) <= 100 * torch.dot(b, b))
             return solution(
-                v.detach(),
+                good.unless(diverged, v),
                 relative(r, b),
                 num_steps=torch.tensor(self.num_steps, device=b.device),
-                diverged=~(torch.dot(r, r) <= 100 * torch.dot(b, b)),
+                curvature=good.curvature,
+                diverged=diverged,
             )
 
-        return with_step_size(run, operator, b, self.lr, memory)
+        plain = self.optimizer == "SGD" and not self.options
+        limit = 1.0 if plain else None  # that of others is not known
+        return with_step_size(run, operator, b, self.lr, memory, limit)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _checks
 from .base import Memory, Operator, Solution, Solver, relative, solution
-from .richardson import with_step_size
+from .richardson import LastGood, with_step_size
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,20 @@ class StochasticNeumann(Solver):
 
         def run(eta: Tensor) -> Solution:
             w = total = b
-            for _ in range(self.num_steps - 1):
+            good = LastGood(b, total)
+            for q in range(self.num_steps - 1):
                 # w ← (I − η A_ζ) w
-                w = w - eta * operator.draw()(w)
+                before, Aw = w, operator.draw(q)(w)
+                w = w - eta * Aw
                 total = total + w
+                good.note(total, w, before, Aw)
+            diverged = ~(torch.dot(w, w) <= torch.dot(b, b) * (1 + 1e-3))
             return solution(
-                eta * total,
+                eta * good.unless(diverged, total),
                 relative(w, b),
                 num_steps=torch.tensor(self.num_steps, device=b.device),
-                diverged=~(torch.dot(w, w) <= torch.dot(b, b) * (1 + 1e-3)),
+                curvature=good.curvature,
+                diverged=diverged,
             )
 
         return with_step_size(run, operator, b, self.step_size, memory, limit=1.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _checks
 from .base import Memory, Operator, Solution, Solver, relative, solution
-from .richardson import with_step_size
+from .richardson import LastGood, with_step_size
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,21 @@ class StochasticRichardson(Solver):
 
         def run(eta: Tensor) -> Solution:
             v, r = first, b
+            good = LastGood(b, v)
             for k in range(self.num_steps):
                 shrunk = 1.0 if self.decay is None else self.decay / (self.decay + k)
-                r = b - operator.draw()(v)
+                Av = operator.draw(k)(v)
+                r = b - Av
+                good.note(v, r, v, Av)
                 v = v + eta * shrunk * r
             # Noise makes residuals of the size of b; growth by 10 is not noise.
+            diverged = ~(torch.dot(r, r) <= 100 * torch.dot(b, b))
             return solution(
-                v,
+                good.unless(diverged, v),
                 relative(r, b),
                 num_steps=torch.tensor(self.num_steps, device=b.device),
-                diverged=~(torch.dot(r, r) <= 100 * torch.dot(b, b)),
+                curvature=good.curvature,
+                diverged=diverged,
             )
 
         return with_step_size(run, operator, b, self.step_size, memory, limit=1.0)
