@@ -1,6 +1,7 @@
 """Directions that remember, where one may go wrong in silence: each with what it must equal."""
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -415,3 +416,126 @@ def test_resume_through_a_file_with_unequal_batches(estimator):
     run2(9)
     run3(9)
     assert torch.equal(y2, y3) and torch.equal(x2, x3)
+
+
+# --- what goes wrong is told --------------------------------------------------------------
+
+
+STOCHASTIC = ["stocbio", "bsa", "sid", "bsgm", "amigo"]
+
+
+@pytest.mark.parametrize("estimator", STOCHASTIC)
+def test_stochastic_solvers_stop_at_negative_curvature(estimator):
+    """A saddle: what is used is the last iterate whose residual had not grown."""
+    D = torch.tensor([1.0, 2.0, -0.5])
+    w, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        SGD([w], lr=0.01), SGD([x], lr=0.0), estimator=estimator
+    )
+    train = optimizer.inner_loss(lambda: (D * w**2).sum() + (x * w).sum())
+    optimizer.outer_loss(lambda: ((w - 2) ** 2).sum())
+    with pytest.warns(tb.NegativeCurvatureWarning) as seen:
+        for _ in range(
+            8
+        ):  # a random length, or a short warm solve, may not see it at once
+            optimizer.zero_grad()
+            train().backward()
+            optimizer.step()
+            assert optimizer.outer_step().norm < 40  # bsa scales a term by their number
+    assert "curvature 0 " not in str(seen[0].message)
+
+
+@pytest.mark.parametrize("step", [0.9, 2.0])
+def test_the_step_of_v_is_compared_once(step):
+    y, x = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        SGD([y], lr=0.1), SGD([x], lr=0.0), estimator=f"soba(adjoint_lr={step})"
+    )
+    calls = 0
+
+    def train_loss():
+        nonlocal calls
+        calls += 1
+        return ((y - x) ** 2).sum() / 2  # λ = 1
+
+    train = optimizer.inner_loss(train_loss)
+    optimizer.outer_loss(lambda: ((y - 3) ** 2).sum())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            train().backward()
+            optimizer.step()
+            optimizer.outer_step()
+    risky = [w for w in seen if issubclass(w.category, tb.StepSizeWarning)]
+    assert len(risky) == (step > 1)
+    assert all("adjoint_lr=1 would be safe." in str(w.message) for w in risky)
+
+
+def test_a_step_that_is_not_finite_is_no_mismatch():
+    y, x = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        SGD([y], lr=1e200), SGD([x], lr=0.0), estimator="unrolled"
+    )
+    train = optimizer.inner_loss(lambda: ((y - x) ** 4).sum() + (y**2).sum())
+    optimizer.outer_loss(lambda: (y**2).sum())
+    for _ in range(4):
+        optimizer.zero_grad()
+        train().backward()
+        optimizer.step()
+    with pytest.raises(tb.NonFinite, match="diverged"):
+        optimizer.hypergradient()
+
+
+def test_bad_data_and_constants_are_explained():
+    y, x = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        SGD([y], lr=0.1), SGD([x], lr=0.0), estimator="cg(certify=True)"
+    )
+    with pytest.raises(tb.BilevelError, match=r"data=tb.Batches\(\(x, y\)"):
+        optimizer.inner_loss(lambda a, b: None, data=(torch.ones(3), torch.ones(3)))
+    with pytest.raises(ValueError, match="loader.dataset"):
+        tb.Batches({"x": torch.ones(3)}, 2)
+    train = optimizer.inner_loss(lambda: ((y - x) ** 2).sum())
+    optimizer.outer_loss(lambda: (y**2).sum())
+    train().backward()
+    optimizer.step()
+    for wrong in (1.0, tb.Smoothness(strong_convexity=torch.ones(2))):
+        optimizer.smoothness(lambda wrong=wrong: wrong)
+        with pytest.raises(tb.BilevelError, match="Smoothness"):
+            optimizer.hypergradient()
+
+
+def test_batches_of_another_number_are_refused_at_load():
+    data = torch.arange(8.0)
+    state = tb.Batches((data,), 2).state_dict()
+    with pytest.raises(tb.BilevelError, match="4 batches"):
+        tb.Batches((data,), 4).load_state_dict(state)
+
+
+def test_options_of_the_solvers_optimizer_are_checked():
+    with pytest.raises(tb.UnknownName, match="momentum"):
+        tb.SGDSolver(options={"momentun": 0.9})
+    with pytest.raises(tb.UnknownName, match="lr has its own place"):
+        tb.SGDSolver(options={"lr": 0.1})
+    assert isinstance(hash(tb.SGDSolver(options={"momentum": 0.3})), int)
+    with pytest.raises(tb.UnknownName, match="nan is not a literal"):
+        tb.estimator("cg(damping=nan)")
+    with pytest.raises(tb.UnknownName, match="'mrbo'"):
+        tb.estimator("MRBO")
+
+
+def test_consecutive_batches_are_told():
+    A, t = regression()
+    y, x = torch.zeros(5, requires_grad=True), torch.ones(5, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        SGD([y], lr=0.1), SGD([x], lr=0.0), estimator="stocbio"
+    )
+    train = optimizer.inner_loss(
+        lambda a, b: ((a @ y - b) ** 2).mean() + ((y - x) ** 2).sum(),
+        data=DataLoader(TensorDataset(A, t), 8),
+    )
+    optimizer.outer_loss(lambda: (y**2).sum())
+    train(A, t).backward()
+    optimizer.step()
+    assert any("not independent" in note for note in optimizer.outer_step().notes)

@@ -176,14 +176,14 @@ class Walking:
         v = situation.memory.adjoint
         fits = v is not None and len(v) == problem.inner.layout.numel
         self.v = v if v is not None and fits else problem.inner.layout.zeros()
-        y_memory = estimator.memory
-        x_memory = estimator.outer_memory or y_memory
+        y_memory = parse_memory(estimator.memory)
+        x_memory = parse_memory(estimator.outer_memory or y_memory)
         self.memories: dict[str, DirectionMemory] = {
             "Hv": y_memory,
             "fy": y_memory,
             "Jv": x_memory,
             "fx": x_memory,
-        }  # type: ignore[assignment]
+        }
         known = situation.memory.directions.get("outer", {})
         self.state: dict[str, Any] = dict(known)
         for name, memory in self.memories.items():

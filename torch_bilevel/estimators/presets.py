@@ -20,7 +20,7 @@ PRESETS = {
     # with minibatches: both runs of a difference see the same ones anyway
     "pzobo_s": "pzobo",
     # stochastic, v rebuilt
-    "stocbio": "stochastic_neumann",
+    "stocbio": "stochastic_neumann(num_steps=11)",
     "bsa": "random_truncated_neumann",
     "mrbo": "stochastic_neumann(memory='storm')",
     "sustain": "random_truncated_neumann(memory='storm')",

@@ -104,7 +104,7 @@ def load(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     recorder.restart()
     recorder.epoch = saved["inner_steps"]
     recorder.position = saved["position"]
-    optimizer._start = saved["start"] and [_clone(t) for t in saved["start"]]
+    optimizer._start = saved["start"] and [t.clone() for t in saved["start"]]
     if not saved["begins"]:
         recorder.beginning = None
     optimizer._tasks_done, optimizer._tasks_begun = saved["tasks"]

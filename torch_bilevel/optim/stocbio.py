@@ -18,8 +18,8 @@ class StocBiO(NamedAlgorithm):
             v = η Σ_{q ≤ Q} Π (I − η H_q) ∂_y f                (a new sample for every H_q)
             x ← x − β (∂_x f − J v)                            (J on samples of its own)
 
-    It only chooses parts: ``estimator="stocbio"`` and ``inner_steps=T``, with T = 10 and Q + 1 =
-    10 terms as in the authors' 20 Newsgroups script. Give fresh samples with
+    It only chooses parts: ``estimator="stocbio"`` and ``inner_steps=T``, with T = 10 and Q = 10,
+    that is eleven terms, as in the authors' 20 Newsgroups script. Give fresh samples with
     ``inner_loss(data=...)``; without, recorded steps are drawn again. What differs from the paper:
     η is 1/λ̂_max instead of a constant, J is averaged over as many samples as there were inner
     steps, all samples of H have one batch (theory's growing ones: ``hessian_batches=B*Q,
@@ -36,7 +36,7 @@ class StocBiO(NamedAlgorithm):
         >>> import torch, torch_bilevel as tb
         >>> x, y = (torch.zeros(1, requires_grad=True) for _ in range(2))
         >>> tb.StocBiO(torch.optim.SGD([y], lr=0.1), torch.optim.SGD([x], lr=0.1))
-        StocBiO(inner=SGD, outer=SGD, estimator='stochastic_neumann', inner_steps=10)
+        StocBiO(inner=SGD, outer=SGD, estimator='stochastic_neumann(num_steps=11)', inner_steps=10)
     """
 
     bibtex: ClassVar[str] = JI_2021

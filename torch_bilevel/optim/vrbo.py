@@ -20,11 +20,13 @@ class VRBO(NamedAlgorithm):
             x ← x − γ w
 
     It only chooses parts: ``estimator="vrbo"`` and ``inner_steps=m``, with m = 10 and a full pass
-    every 30 inner steps (q = 3, the authors' script). A full pass is over `Batches` that the inner
-    loss was registered with, or over the recorded window. ĝ is that of `StocBiO`, with all its
-    samples the same at both points. What differs from the authors' code: both points of a
+    every 30 inner steps, which is q = 3 for this m (for another one write
+    ``"vrbo(memory='sarah(period=...)')"`` with q m). A full pass is over the data the losses were
+    registered with, which both need to be given as something to iterate over. ĝ is that of
+    `StocBiO`, with all its samples the same at both points. What differs from the paper: x steps
+    after the m inner steps that follow a full pass instead of before them, and one outer batch
+    serves all m differences of a window. What differs from the authors' code: both points of a
     difference are the true ones, the move of x included, and the Neumann sum is the paper's.
-
 
     Args:
         inner: as in `BilevelOptimizer`.

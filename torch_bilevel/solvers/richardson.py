@@ -144,7 +144,7 @@ class LastGood:
 
     Args:
         b: right-hand side, what residuals are compared with.
-        value: the iterate before the first step.
+        value: what to use if there is none.
     """
 
     def __init__(self, b: Tensor, value: Tensor):

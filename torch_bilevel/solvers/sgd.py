@@ -57,8 +57,11 @@ class SGDSolver(Solver):
         _checks.positive_int("SGDSolver", "num_steps", self.num_steps)
         _checks.real("SGDSolver", "lr", self.lr, positive=True, optional=True)
         kind = getattr(torch.optim, str(self.optimizer), None)
-        plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-        if not plain or kind is torch.optim.LBFGS:
+        if (
+            not isinstance(kind, type)
+            or not issubclass(kind, torch.optim.Optimizer)
+            or kind is torch.optim.LBFGS
+        ):
             raise UnknownName(
                 f"SGDSolver(optimizer={self.optimizer!r}): write the name of a class in "
                 "torch.optim that steps without a closure, such as 'SGD' or 'Adam'."
@@ -87,7 +90,7 @@ class SGDSolver(Solver):
                 v = torch.where(torch.dot(b, b) > 0, x0, v)
             kind = getattr(torch.optim, self.optimizer)
             descent = kind([v], lr=float(eta), **(self.options or {}))
-            good = LastGood(b, v.clone())
+            good = LastGood(b, eta * b)
             r = b
             for k in range(self.num_steps):
                 Av = operator.draw(k)(v)

@@ -70,7 +70,7 @@ class StochasticRichardson(Solver):
 
         def run(eta: Tensor) -> Solution:
             v, r = first, b
-            good = LastGood(b, v)
+            good = LastGood(b, eta * b)
             for k in range(self.num_steps):
                 shrunk = 1.0 if self.decay is None else self.decay / (self.decay + k)
                 Av = operator.draw(k)(v)
