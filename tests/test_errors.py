@@ -746,7 +746,7 @@ TABLE = [
     (gradients_by_autograd_grad, tb.UnregisteredTerm, r"autograd\.grad does not count"),
     (no_zero_grad, tb.UnregisteredTerm, r"zero_grad\(\) before every backward"),
     (outer_does_not_require_grad, tb.UnsupportedParameter, r"requires_grad=True"),
-    (batch_of_a_wrong_shape, tb.InvalidLoss, r"1 argument.*data=\[\(X, y\)\]"),
+    (batch_of_a_wrong_shape, tb.BilevelError, r"tb\.Batches.*data=\[\(x, y\)\]"),
     (data_as_the_function, TypeError, r"outer_loss\(data=loader\)"),
     (loss_argument_is_no_loss, tb.LossNotRegistered, r"loss=3\.0 is not a registered"),
     (inside_inference_mode, tb.BilevelError, r"inference_mode"),

@@ -20,6 +20,8 @@ NAMES = [
     "acceleration",
     "stochastic_hypergradients",
     "quadratic",
+    "hyper_representation",
+    "poisoning",
 ]
 
 

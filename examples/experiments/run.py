@@ -31,8 +31,10 @@ import acceleration
 import cleaning
 import error_against_steps
 import hyper_cleaning
+import hyper_representation
 import least_squares
 import penalties
+import poisoning
 import quadratic
 import stochastic_hypergradients
 from data import BadInput
@@ -48,6 +50,8 @@ EXPERIMENTS = {
         acceleration,
         stochastic_hypergradients,
         quadratic,
+        hyper_representation,
+        poisoning,
     )
 }
 

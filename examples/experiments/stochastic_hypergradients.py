@@ -29,7 +29,7 @@ SCHEDULES = {
 
 def configurations(args):
     counts = [20, 80] if args.quick else [10, 20, 40, 80, 160, 320, 640]
-    runs = 4 if args.quick else 20
+    runs = 12 if args.quick else 20
     return [
         {"schedule": schedule, "K": K, "runs": 1 if schedule == "batch" else runs}
         for schedule in SCHEDULES
