@@ -16,8 +16,8 @@ for n training images is about 50 n over the number of outer steps, so that ever
 travel as far. Images are projected onto ball and box together (`NearImages`).
 
 Harm is that to another model, trained from zero on the poisoned images by 500 iterations of
-L-BFGS: the largest entry of its gradient is about 1e-4 or less, and 1,500 more changed the
-validation loss by 4e-4. Seconds are those of the processor, without that.
+L-BFGS: the largest entry of its gradient was at most 2e-4, and 1,500 more changed the one
+validation loss looked at by 4e-4. Seconds are those of the processor, without that.
 """
 
 import functools

@@ -48,6 +48,11 @@ class EstimatorMemory:
     solver: Memory = field(default_factory=Memory)
     directions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def start(self, like: Tensor, warm: bool = True) -> Tensor | None:
+        """The last adjoint, if it fits ``like`` and a warm start is wanted."""
+        v = self.adjoint
+        return v if warm and v is not None and v.shape == like.shape else None
+
 
 class Sampling(Protocol):
     """What draws independent samples of the inner objective."""

@@ -127,9 +127,7 @@ class Implicit(Estimator):
                 "'gmres', 'neumann', 'richardson' or 'direct'."
             )
         warm = self.warm_start and self.solver.uses_start
-        x0 = situation.memory.adjoint if warm else None
-        if x0 is not None and x0.shape != outer.inner.shape:
-            x0 = None
+        x0 = situation.memory.start(outer.inner, warm)
         found = self.solver.solve(operator, outer.inner, x0, situation.memory.solver)
         if len(curved) == len(crossed):
             Jv, reached = at.cross(found.value), at.linearization.reached
@@ -150,7 +148,5 @@ class Implicit(Estimator):
             solution=found,
             bound=certified,
             adjoint=found.value,
-            notes=["decoupled weight decay held at its present preconditioner"]
-            if at.frozen
-            else [],
+            notes=at.notes,
         )

@@ -138,9 +138,7 @@ class Joint(Estimator):
             ),
             adjoint=walking.v,
             directions={"outer": walking.state},
-            notes=["decoupled weight decay held at its present preconditioner"]
-            if at.frozen
-            else [],
+            notes=at.notes,
         )
 
     def _risky(self, situation: Situation, rate: Any) -> Tensor | None:
@@ -173,9 +171,9 @@ class Walking:
         self.estimator = estimator
         self.situation = situation
         problem = situation.problem
-        v = situation.memory.adjoint
-        fits = v is not None and len(v) == problem.inner.layout.numel
-        self.v = v if v is not None and fits else problem.inner.layout.zeros()
+        zeros = problem.inner.layout.zeros()
+        v = situation.memory.start(zeros)
+        self.v = zeros if v is None else v
         y_memory = parse_memory(estimator.memory)
         x_memory = parse_memory(estimator.outer_memory or y_memory)
         self.memories: dict[str, DirectionMemory] = {

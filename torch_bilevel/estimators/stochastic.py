@@ -160,8 +160,7 @@ class Stochastic(Estimator):
             integer=ticket.integer,
         )
         warm = self.warm_start and self.solver.uses_start
-        x0 = situation.memory.adjoint if warm else None
-        x0 = None if x0 is None or x0.shape != outer.inner.shape else x0
+        x0 = situation.memory.start(outer.inner, warm)
         solution = self.solver.solve(operator, outer.inner, x0, situation.memory.solver)
         at.forget()
         v, crossed = solution.value, ticket.samples("J", self.cross_batches)
@@ -174,9 +173,7 @@ class Stochastic(Estimator):
             hessian_steps=len(used),
             solution=solution,
             adjoint=v,
-            notes=["decoupled weight decay held at its present preconditioner"]
-            if at.frozen
-            else [],
+            notes=at.notes,
         )
 
     def _remembered(self, situation: Situation) -> Estimate:

@@ -126,6 +126,12 @@ class System:
             gradient = gradient - self._proximal.weight * anchor
         return self.signed(gradient) + (self.decay - self.damping) * y
 
+    @property
+    def notes(self) -> list[str]:
+        """What a report says about the system."""
+        held = "decoupled weight decay held at its present preconditioner"
+        return [held] if self.frozen else []
+
     def forget(self) -> None:
         """Free the graph."""
         self.__dict__.pop("linearization", None)

@@ -26,6 +26,7 @@ from .itdbio import ITDBiO as ITDBiO
 from .maml import MAML as MAML
 from .metasgd import MetaSGD as MetaSGD
 from .mrbo import MRBO as MRBO
+from .named import MetaAlgorithm as MetaAlgorithm
 from .named import NamedAlgorithm as NamedAlgorithm
 from .proxbio import ProxBiO as ProxBiO
 from .pzobo import PZOBO as PZOBO

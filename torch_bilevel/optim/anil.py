@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import RAGHU_2020
-from .tasks import require_initialisations
+from .named import MetaAlgorithm
 
 
-class ANIL(BilevelOptimizer):
+class ANIL(MetaAlgorithm):
     r"""Almost no inner loop: the head adapts, features and the head's initialisation are learned.
 
     ::
@@ -43,14 +42,5 @@ class ANIL(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = RAGHU_2020
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "unrolled",
-        **options: Any,
-    ):
-        super().__init__(inner, outer, estimator=estimator, **options)
-        require_initialisations(self, features=True)
+    parts: ClassVar[dict[str, Any]] = {"estimator": "unrolled"}
+    features: ClassVar[bool] = True

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import FINN_2017
-from .tasks import require_initialisations
+from .named import MetaAlgorithm
 
 
-class FOMAML(BilevelOptimizer):
+class FOMAML(MetaAlgorithm):
     r"""First-order MAML: ĝ = ∇ℓ_T(w_N), every second derivative dropped.
 
     ::
@@ -40,14 +39,4 @@ class FOMAML(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = FINN_2017
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "first_order",
-        **options: Any,
-    ):
-        super().__init__(inner, outer, estimator=estimator, **options)
-        require_initialisations(self, features=False)
+    parts: ClassVar[dict[str, Any]] = {"estimator": "first_order"}

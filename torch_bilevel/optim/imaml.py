@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import RAJESWARAN_2019
-from .tasks import require_initialisations
+from .named import MetaAlgorithm
 
 
-class IMAML(BilevelOptimizer):
+class IMAML(MetaAlgorithm):
     r"""Implicit MAML: adapt to the minimum of a proximal problem, then solve one linear system.
 
     ::
@@ -43,17 +42,7 @@ class IMAML(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = RAJESWARAN_2019
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "cg(max_steps=5)",
-        proximal_term: float | None = 1.0,
-        **options: Any,
-    ):
-        super().__init__(
-            inner, outer, estimator=estimator, proximal_term=proximal_term, **options
-        )
-        require_initialisations(self, features=False)
+    parts: ClassVar[dict[str, Any]] = {
+        "estimator": "cg(max_steps=5)",
+        "proximal_term": 1.0,
+    }

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import FINN_2017
-from .tasks import require_initialisations
+from .named import MetaAlgorithm
 
 
-class MAML(BilevelOptimizer):
+class MAML(MetaAlgorithm):
     r"""Model-agnostic meta-learning, N steps.
 
     ::
@@ -41,14 +40,4 @@ class MAML(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = FINN_2017
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "unrolled",
-        **options: Any,
-    ):
-        super().__init__(inner, outer, estimator=estimator, **options)
-        require_initialisations(self, features=False)
+    parts: ClassVar[dict[str, Any]] = {"estimator": "unrolled"}

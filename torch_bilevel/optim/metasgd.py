@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .bilevel import BilevelOptimizer
 from .citation import LI_2017
-from .tasks import require_initialisations
+from .named import MetaAlgorithm
 
 
-class MetaSGD(BilevelOptimizer):
+class MetaSGD(MetaAlgorithm):
     r"""MAML that also learns how fast, and in which direction, every entry of w adapts.
 
     ::
@@ -55,6 +54,7 @@ class MetaSGD(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = LI_2017
+    parts: ClassVar[dict[str, Any]] = {"estimator": "unrolled"}
 
     def __init__(
         self,
@@ -62,9 +62,7 @@ class MetaSGD(BilevelOptimizer):
         outer: Any,
         *,
         rates: Sequence[Tensor] | None = None,
-        estimator: Any = "unrolled",
         **options: Any,
     ):
-        super().__init__(inner, outer, estimator=estimator, **options)
-        require_initialisations(self, features=False)
+        super().__init__(inner, outer, **options)
         self.rates = self.learn_rates(rates)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .bilevel import BilevelOptimizer
 from .citation import NICHOL_2018
-from .tasks import require_initialisations
+from .named import MetaAlgorithm
 
 
-class Reptile(BilevelOptimizer):
+class Reptile(MetaAlgorithm):
     r"""Move the initialisation towards where training on each task ended.
 
     ::
@@ -47,14 +46,4 @@ class Reptile(BilevelOptimizer):
     """
 
     bibtex: ClassVar[str] = NICHOL_2018
-
-    def __init__(
-        self,
-        inner: Any,
-        outer: Any,
-        *,
-        estimator: Any = "displacement",
-        **options: Any,
-    ):
-        super().__init__(inner, outer, estimator=estimator, **options)
-        require_initialisations(self, features=False)
+    parts: ClassVar[dict[str, Any]] = {"estimator": "displacement"}
