@@ -292,3 +292,19 @@ def test_decreasing_steps_go_on_where_constant_ones_stop(quick):
 def test_saba_goes_on_where_soba_stands_still(quick):
     last = {row["method"]: row["error"] for row in quick("quadratic")}
     assert last["saba"] < 1e-2 * min(last["soba"], last["stocbio"])
+
+
+def test_poisoned_images_do_harm_within_their_ball_and_random_ones_do_not(quick):
+    last = {row["method"]: row for row in quick("poisoning")}
+    before = last["no poisoning"]["valid_loss"]
+    assert last["random"]["valid_loss"] < 1.2 * before
+    for method in ("bsgm, cold", "soba", "cg, warm"):
+        assert last[method]["valid_loss"] > 2 * before
+        assert last[method]["norm"] <= 1.5 + 1e-5
+
+
+def test_representations_are_learned(quick):
+    last = {(r["problem"], r["method"]): r for r in quick("hyper_representation")}
+    for problem in ("linear", "small net, digits"):
+        fixed = last[problem, "features fixed"]["valid_loss"]
+        assert last[problem, "aid_cg"]["valid_loss"] < 0.7 * fixed

@@ -183,7 +183,8 @@ def check_numbers(
     found = estimate.solution
     no = torch.zeros((), dtype=torch.bool, device=outer.value.device)
     zeros = [
-        (g == 0).double().mean() if g.numel() else g.double().sum() for g in gradients
+        1 - g.count_nonzero() / max(g.numel(), 1) if g.numel() else g.sum()
+        for g in gradients
     ]
     flags = [
         torch.isfinite(outer.value),
