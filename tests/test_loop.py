@@ -799,6 +799,21 @@ def test_outer_step_hooks_and_reports():
     assert report.as_dict()["steps"] == 2
 
 
+def test_the_history_keeps_no_small_tensors():
+    """They would lie between the large buffers of training and keep gaps from being reused."""
+    case = Cleaning("cg(max_steps=5)", inner_steps=1)
+    for k in range(3):
+        case.optimizer.zero_grad()
+        case.train(case.batches(k)).backward()
+        case.optimizer.step()
+    report = case.optimizer.last_report
+    assert isinstance(report.loss, torch.Tensor)
+    for kept in case.optimizer.history:
+        values = [*vars(kept).values(), *kept.zeros.values()]
+        assert not any(isinstance(value, torch.Tensor) for value in values)
+    assert kept.as_dict() == report.as_dict() and str(kept) == str(report)
+
+
 def test_explain():
     case = Cleaning("cg(max_steps=5)", inner_steps=7)
     text = case.optimizer.explain()

@@ -372,7 +372,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         if report is not None:
             report.outer_step = self.outer_steps
             self.last_report = report
-            self.history.append(report)
+            self.history.append(report.archived())
             for hook in list(self._outer_hooks.values()):
                 hook(self, report)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 @dataclass
 class Report:
     """One hypergradient. Numbers that live on the device stay there until printed.
+
+    In ``optimizer.history`` those of the CPU are Python numbers; ``float(report.loss)`` reads both.
 
     Attributes:
         loss: the outer loss, 0-d tensor.
@@ -86,6 +88,18 @@ class Report:
             "notes": list(self.notes),
         }
 
+    def archived(self) -> Report:
+        """A copy for the history, with numbers instead of tensors that are on the CPU.
+
+        Small tensors share the heap with the large buffers of training: a thousand of them, one
+        in every gap, keep the gaps from being used again (0.6 MiB an outer step with 20,000
+        examples of ten classes).
+        """
+        tensors = ("loss", "norm", "bound", "residual", "solver_steps")
+        numbers = {name: _number(getattr(self, name)) for name in tensors}
+        zeros = {name: _number(value) for name, value in self.zeros.items()}
+        return replace(self, **numbers, zeros=zeros)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The inverse of `as_dict`."""
@@ -96,3 +110,9 @@ class Report:
         }
         plain["zeros"] = {k: torch.tensor(v) for k, v in values["zeros"].items()}
         return cls(**plain)
+
+
+def _number(value: Any) -> Any:
+    """A number where that waits for no device."""
+    on_cpu = isinstance(value, Tensor) and value.device.type == "cpu"
+    return value.item() if on_cpu else value
