@@ -539,3 +539,27 @@ def test_consecutive_batches_are_told():
     train(A, t).backward()
     optimizer.step()
     assert any("not independent" in note for note in optimizer.outer_step().notes)
+
+
+@pytest.mark.filterwarnings("ignore::torch_bilevel.errors.ZeroHypergradientWarning")
+@pytest.mark.parametrize("estimator", ["cg", "stocbio", "soba", "unrolled"])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_a_penalty_left_out_is_noticed_from_a_start_at_zero(estimator, inner_steps):
+    """At w = 0 its gradient is zero in the first step."""
+    A, t = regression()
+    w, x = torch.zeros(5, requires_grad=True), torch.ones(5, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        SGD([w], lr=0.1),
+        SGD([x], lr=0.01),
+        estimator=estimator,
+        inner_steps=inner_steps,
+    )
+    train = optimizer.inner_loss(
+        lambda: ((A @ w - t) ** 2).mean() + (x.exp() * w**2).sum()
+    )
+    optimizer.outer_loss(lambda: (w**2).sum())
+    with pytest.raises(tb.ReplayMismatch):  # or its subclass UnregisteredTerm
+        for _ in range(2 * inner_steps):
+            optimizer.zero_grad()
+            (train() + 0.1 * (w**2).sum()).backward()
+            optimizer.step()

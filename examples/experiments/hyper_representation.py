@@ -64,7 +64,7 @@ def configurations(args):
         {
             "problem": problem,
             "method": method,
-            "outer_steps": 20 if args.quick else 100 if problem == "linear" else 200,
+            "outer_steps": 12 if args.quick else 100 if problem == "linear" else 200,
         }
         for problem in ("linear", net)
         for method in methods
@@ -231,7 +231,7 @@ def measure(configuration, args):
             train_loss(*problem.batch(0)).backward(inputs=problem.inner)
             optimizer.step()
         seconds += time.process_time() - began
-        if step % problem.every == 0:
+        if step % problem.every == 0 or step == outer_steps:
             row = {"outer_step": step, "seconds": round(seconds, 4)}
             row |= {"evaluations": evaluations, "products": products}
             with torch.no_grad():

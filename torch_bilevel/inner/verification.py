@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ReplayMismatch, UnregisteredTerm
+from ..errors import NonFinite, ReplayMismatch, UnregisteredTerm
 from ..problem import BilevelProblem, WeightedCall
 from .loop import Loop
 from .trajectory import StepRecord
@@ -108,7 +108,8 @@ def raise_mismatch(
     """Explain a gradient that does not match.
 
     Raises:
-        ReplayMismatch: always, or its subclass `UnregisteredTerm`.
+        ReplayMismatch: always, or its subclass `UnregisteredTerm`; but
+        NonFinite: where either is not finite.
     """
     dot = torch.dot(expected, actual)
     norms = torch.linalg.vector_norm(expected), torch.linalg.vector_norm(actual)
@@ -116,6 +117,12 @@ def raise_mismatch(
         float(dot / (norms[0] * norms[1])) if bool(norms[0] * norms[1] > 0) else 0.0
     )
     names = ", ".join(repr(call.name) for call, _ in record.calls)
+    if relative != relative:
+        raise NonFinite(
+            f"The gradient of inner step {record.index} of this window is not finite (registered "
+            f"losses {names}). The inner parameters have probably diverged; look at the training "
+            "loss, and lower the inner learning rate."
+        )
     seen = (
         f"Evaluating inner step {record.index} of this window again does not give the gradient "
         f"the step consumed: relative difference {relative:.2e} (registered losses {names}: "

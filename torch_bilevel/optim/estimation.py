@@ -183,8 +183,7 @@ def check_numbers(
     found = estimate.solution
     no = torch.zeros((), dtype=torch.bool, device=outer.value.device)
     zeros = [
-        1 - g.count_nonzero() / max(g.numel(), 1) if g.numel() else g.sum()
-        for g in gradients
+        1 - g.count_nonzero() / g.numel() if g.numel() else g.sum() for g in gradients
     ]
     flags = [
         torch.isfinite(outer.value),

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
 from ..errors import BilevelError
 from ..inner import Loop, Part, Proximal, StepRecord, Window
@@ -190,7 +189,7 @@ class Recorder:
             if call.kept is None:  # activation checkpointing runs the forward again
                 self._freeze()
             done = AfterBackward(self)
-            Variable._execution_engine.queue_callback(done)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(done)  # type: ignore[attr-defined]
         # hooks.number(), without its frame
         value = weight.item() if weight.is_cpu else weight.detach()
         self.pending.append((call, value))
@@ -377,14 +376,15 @@ class Recorder:
         if len(self.current.parts) == len(self.optimizers):
             finished, self.current = self.current, None
             if self._twin is not None:
-                self.to_verify, self._twin, self.verify_next = self._twin, None, False
+                self.to_verify, self._twin = self._twin, None
+                self.verify_next = self.epoch == 0  # zeros may hide a penalty
             self.epoch += 1
             self.position += 1
             self.window.append(finished)
             self.on_step()
 
     def restart(self) -> None:
-        """Forget pending calls and recorded steps; an unverified step is verified anew."""
+        """Forget pending calls and recorded steps; what was not verified is anew."""
         self.pending, self.current, self._twin, self.leftover = [], None, None, False
         if self.to_verify is not None:
             self.to_verify, self.verify_next = None, True
