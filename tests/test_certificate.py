@@ -20,7 +20,8 @@ class LeastSquares(Problem):
     """Ehrhardt & Roberts: Φ(x) = ‖A y(x) − b‖², y(x) = argmin ‖C x + D y − e‖².
 
     ∇Φ = −(2 DᵀC)ᵀ (2 DᵀD)⁻¹ 2 Aᵀ(A y − b). With entries from U(0, 1), as theirs, J's largest
-    singular value belongs to the mean of the rows, which no error lies along: the bound is loose.
+    singular value belongs to the mean of the rows, along which the curvature is large too: with
+    ‖J‖/μ the bound is a thousand times too large, with ‖J H⁻¹‖ it is not.
     """
 
     uniform = True
@@ -123,7 +124,7 @@ def test_the_bound_is_never_below_the_error(kind, states, record_property):
     record_property("median ratio", float(found.median()))
     assert found.min() >= 1 - 1e-9, found.min()
     # of use: for least squares within a factor ten of the truth in the median
-    if kind is Centred:
+    if kind in (LeastSquares, Centred):
         assert found.median() <= 10, found.median()
 
 
