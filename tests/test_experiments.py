@@ -307,4 +307,4 @@ def test_representations_are_learned(quick):
     last = {(r["problem"], r["method"]): r for r in quick("hyper_representation")}
     for problem in ("linear", "small net, digits"):
         fixed = last[problem, "features fixed"]["valid_loss"]
-        assert last[problem, "aid_cg"]["valid_loss"] < 0.7 * fixed
+        assert last[problem, "aid_cg"]["valid_loss"] < 0.9 * fixed

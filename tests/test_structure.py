@@ -87,7 +87,8 @@ def test_every_member_of_a_registry_has_a_row():
     assert set(cases.ESTIMATORS) == set(tb.estimators()) - set(PRESETS)
     around = {"implicit", "stochastic"}  # go by the names of their solvers
     assert set(cases.ESTIMATORS) == set(SOLVERS) | set(ESTIMATORS) - around
-    assert {kind for kind, _ in cases.RULES} == set(inner.RULES)
+    ours = {k for k in inner.RULES if not k.__module__.startswith("test_")}
+    assert {kind for kind, _ in cases.RULES} == ours
     algorithms = {
         name
         for name, value in vars(optim).items()
