@@ -28,6 +28,29 @@ def last(vector):
     return int(where[-1]) + 1 if len(where) else 0
 
 
+def build(x, y, estimator, T, momentum=0.0):
+    return tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.2, momentum=momentum, nesterov=momentum > 0),
+        torch.optim.SGD([x], lr=0.05),
+        estimator=estimator,
+        inner_steps=T,
+    )
+
+
+def inner_steps(optimizer, train, T):
+    for _ in range(T):
+        optimizer.zero_grad()
+        train().backward()
+        optimizer.step()
+
+
+def after(T, reached_y, reached_x):
+    """How far y reaches after T steps, each of one product with H, one with Z, and e₁."""
+    for _ in range(T):
+        reached_y = max(reached_y + 1 if reached_y else 0, reached_x, 1)
+    return reached_y
+
+
 SOLVERS = [
     "cg(max_steps={n}, rtol=0.0)",
     "richardson(max_steps={n}, rtol=0.0)",
@@ -44,22 +67,14 @@ SOLVERS = [
 def test_only_the_allowed_coordinates_are_reached(solver, T, N_solver, momentum):
     A, Z = chain()
     x, y = torch.zeros(N, requires_grad=True), torch.zeros(N, requires_grad=True)
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.2, momentum=momentum, nesterov=momentum > 0),
-        torch.optim.SGD([x], lr=0.05),
-        estimator=solver.format(n=N_solver),
-        inner_steps=T,
-    )
+    optimizer = build(x, y, solver.format(n=N_solver), T, momentum)
     train = optimizer.inner_loss(lambda: y @ A @ y / 2 - x @ Z @ y - y[0])
     optimizer.outer_loss(lambda: (y**2).sum() / 2 + (x**2).sum() / 2)
     reached_x = reached_y = reached_v = 0
     for _ in range(5):
-        for _ in range(T):
-            optimizer.zero_grad()
-            train().backward()
-            optimizer.step()
-            # A y reaches one further; Zᵀ x and e₁ reach what they have, and Z x one more
-            reached_y = max(reached_y + 1 if reached_y else 0, reached_x, 1)
+        inner_steps(optimizer, train, T)
+        # A y reaches one further; Z x and e₁ reach what they have
+        reached_y = after(T, reached_y, reached_x)
         # a product with H a step, from ∂_y f = y and the last v
         reached_v = max(reached_y, reached_v) + N_solver
         # J v = −Z v, of bandwidth one
@@ -97,12 +112,7 @@ def test_the_instance_with_cubes_of_the_chain(solver, T, N_solver, momentum):
     Z = mirror()
     Z2, Z3 = Z @ Z, Z @ Z @ Z
     x, y = torch.zeros(N, requires_grad=True), torch.zeros(N, requires_grad=True)
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.2, momentum=momentum, nesterov=momentum > 0),
-        torch.optim.SGD([x], lr=0.05),
-        estimator=solver.format(n=N_solver),
-        inner_steps=T,
-    )
+    optimizer = build(x, y, solver.format(n=N_solver), T, momentum)
     train = optimizer.inner_loss(
         lambda: y @ (Z2 @ y) / 2 + 0.1 * y @ y - x @ (Z @ y) / 2 + y[0]
     )
@@ -111,12 +121,9 @@ def test_the_instance_with_cubes_of_the_chain(solver, T, N_solver, momentum):
     )
     reached_x = reached_y = reached_v = 0
     for _ in range(5):
-        for _ in range(T):
-            optimizer.zero_grad()
-            train().backward()
-            optimizer.step()
-            # Z² y reaches one further, Z x mirrors what x has, e₁ is one
-            reached_y = max(reached_y + 1 if reached_y else 0, reached_x, 1)
+        inner_steps(optimizer, train, T)
+        # Z² y reaches one further, Z x mirrors what x has, e₁ is one
+        reached_y = after(T, reached_y, reached_x)
         # ∂_y f = y − 0.3 Z³ x, and a product with H a step
         seen = max(reached_y, reached_x + 1 if reached_x else 0)
         reached_v = max(seen, reached_v) + N_solver
@@ -129,12 +136,7 @@ def test_the_instance_with_cubes_of_the_chain(solver, T, N_solver, momentum):
 def test_a_direct_solve_is_not_of_that_class():
     A, Z = chain()
     x, y = torch.zeros(N, requires_grad=True), torch.zeros(N, requires_grad=True)
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.2),
-        torch.optim.SGD([x], lr=0.05),
-        estimator="direct",
-        inner_steps=1,
-    )
+    optimizer = build(x, y, "direct", 1)
     train = optimizer.inner_loss(lambda: y @ A @ y / 2 - x @ Z @ y - y[0])
     optimizer.outer_loss(lambda: (y**2).sum() / 2 + (x**2).sum() / 2)
     train().backward()

@@ -25,6 +25,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from data import Sparse, digits, mnist, need
+from rows import grouped
 from tqdm import tqdm
 
 import torch_bilevel as tb
@@ -239,10 +240,7 @@ def save(path, w, optimizer, used, rows):
 def curves(rows):
     """(inner, tolerance, linear, tolerance, rule) → its rows."""
     columns = ("inner", "inner_tolerance", "linear", "linear_tolerance", "rule")
-    found = {}
-    for row in rows:
-        found.setdefault(tuple(row[c] for c in columns), []).append(row)
-    return found
+    return grouped(rows, *columns)
 
 
 def table(rows):

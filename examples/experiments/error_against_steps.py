@@ -20,6 +20,7 @@ import math
 import matplotlib
 import numpy as np
 import torch
+from rows import grouped
 
 import torch_bilevel as tb
 
@@ -135,10 +136,7 @@ def measure(configuration, args):
 
 def curves(rows):
     """(problem, method) → its rows."""
-    found = {}
-    for row in rows:
-        found.setdefault((row["problem"], row["method"]), []).append(row)
-    return found
+    return grouped(rows, "problem", "method")
 
 
 def table(rows):

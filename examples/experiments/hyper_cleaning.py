@@ -14,6 +14,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from data import data_cleaning, digits, mnist, need
+from rows import nested
 from tqdm import tqdm
 
 import torch_bilevel as tb
@@ -124,11 +125,7 @@ def measure(configuration, args):
 
 def curves(rows):
     """Corruption → method → its rows."""
-    found = {}
-    for row in rows:
-        methods = found.setdefault(row["corruption"], {})
-        methods.setdefault(row["method"], []).append(row)
-    return found
+    return nested(rows, "corruption", "method")
 
 
 def reached(part, loss):

@@ -30,6 +30,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from data import data_cleaning, digits, mnist, need
+from rows import nested
 from torch import nn
 from tqdm import tqdm
 
@@ -245,11 +246,7 @@ def measure(configuration, args):
 
 def curves(rows):
     """Problem → method → its rows."""
-    found = {}
-    for row in rows:
-        methods = found.setdefault(row["problem"], {})
-        methods.setdefault(row["method"], []).append(row)
-    return found
+    return nested(rows, "problem", "method")
 
 
 def table(rows):

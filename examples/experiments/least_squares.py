@@ -10,6 +10,7 @@ a-posteriori bound is ‖J‖ r/μ + ‖J‖ L_f ‖∇_x g‖/μ², with r the 
 import matplotlib
 import numpy as np
 import torch
+from rows import grouped
 
 import torch_bilevel as tb
 
@@ -111,10 +112,7 @@ def measure(configuration, args):
 
 def curves(rows):
     """(inner steps, solver) → its rows."""
-    found = {}
-    for row in rows:
-        found.setdefault((row["inner_steps"], row["solver"]), []).append(row)
-    return found
+    return grouped(rows, "inner_steps", "solver")
 
 
 def table(rows):

@@ -15,6 +15,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from data import breast_cancer, covtype, digits, ijcnn1, newsgroups
+from rows import nested
 from tqdm import tqdm
 
 import torch_bilevel as tb
@@ -138,10 +139,7 @@ def measure(configuration, args):
 
 def curves(rows):
     """Data set → method → its rows."""
-    found = {}
-    for row in rows:
-        found.setdefault(row["data"], {}).setdefault(row["method"], []).append(row)
-    return found
+    return nested(rows, "data", "method")
 
 
 def table(rows):

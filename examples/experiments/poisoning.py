@@ -29,6 +29,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from data import data_cleaning, digits, mnist, need
+from rows import grouped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -182,7 +183,7 @@ def attack(configuration, train, delta, ball, valid):
     def harm(x, y):
         return -F.cross_entropy(model(x), y)
 
-    endless = forever(batches)
+    endless = data_cleaning.forever(batches)
     used, seconds, outer_step, looks = 0, 0.0, 0, 0
     bar = tqdm(total=budget, leave=False, desc=configuration["method"], mininterval=2)
     while used < budget:
@@ -202,12 +203,6 @@ def attack(configuration, train, delta, ball, valid):
             looks = used * LOOKS // budget
             yield outer_step, used, seconds
     bar.close()
-
-
-def forever(batches):
-    """Epoch after epoch."""
-    while True:
-        yield from batches
 
 
 def linear(x):
@@ -247,10 +242,7 @@ def retrained(x, y):
 
 def curves(rows):
     """Method → its rows."""
-    found = {}
-    for row in rows:
-        found.setdefault(row["method"], []).append(row)
-    return found
+    return grouped(rows, "method")
 
 
 def table(rows):

@@ -10,6 +10,7 @@ import time
 
 import matplotlib
 import torch
+from rows import grouped
 
 import torch_bilevel as tb
 
@@ -133,10 +134,7 @@ def measure(configuration, args):
 
 def curves(rows):
     """Method → its rows."""
-    found = {}
-    for row in rows:
-        found.setdefault(row["method"], []).append(row)
-    return found
+    return grouped(rows, "method")
 
 
 def table(rows):

@@ -129,7 +129,6 @@ class Estimate:
 
 
 SINCE = "all steps since the last outer step"
-DOUBLE_BACKWARD = "double backward through one cached graph"
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Wording:
     adjoint: str
     batches: str
     problem: str | None = None
-    products: str = DOUBLE_BACKWARD
+    products: str = "double backward through one cached graph"
 
 
 class Estimator(abc.ABC):

@@ -23,7 +23,7 @@ from ..errors import BilevelError
 from ..inner import RULES, StepRecord, Window, stationarity
 from ..problem import OuterGradients, WeightedCall
 from ..solvers import Operator, solution
-from ..solvers.spectrum import largest_eigenvalue
+from ..solvers.richardson import safer_step
 from .base import Estimate, Estimator, Situation, Wording
 from .memory import DirectionMemory, Plain, parse_memory
 from .points import at_point, check_memory, direct, present, walk
@@ -114,13 +114,17 @@ class Joint(Estimator):
         problem = situation.problem
         walking = Walking(self, situation)
         total, steps = problem.outer.layout.zeros(), 0
-        risky = self._risky(situation, walking.rate)
+        risky, memory = None, situation.memory.solver
+        if memory.eigenvalue is None:  # looked at once, at no cost in later steps
+            at = System(situation, situation.window.steps()[-1].calls, self.damping)
+            operator = Operator(at.product, len(walking.v), at.symmetric)
+            risky = safer_step(operator, walking.v, walking.rate, memory)
+            at.forget()
         with problem.inner.swapped():
             for step, y in walk(situation):
                 total += walking.advance(step, y)
                 steps += 1
-        at = walking.at
-        assert at is not None
+        assert walking.at is not None
         return Estimate(
             gradient=total / steps,
             reached=[
@@ -138,22 +142,8 @@ class Joint(Estimator):
             ),
             adjoint=walking.v,
             directions={"outer": walking.state},
-            notes=at.notes,
+            notes=walking.at.notes,
         )
-
-    def _risky(self, situation: Situation, rate: Any) -> Tensor | None:
-        """1/λ̂_max if ρ exceeds it, looked at once, with ten products at most."""
-        memory = situation.memory.solver
-        if memory.eigenvalue is not None:
-            return None
-        at = System(situation, situation.window.steps()[-1].calls, self.damping)
-        numel = situation.problem.inner.layout.numel
-        operator = Operator(at.product, numel, at.symmetric)
-        if not operator.symmetric:
-            return None
-        zeros = situation.problem.inner.layout.zeros()
-        size = largest_eigenvalue(operator, zeros, memory, max_steps=10)
-        return 1 / size if bool(rate * size > 1 + 1e-6) else None
 
 
 class Walking:

@@ -184,7 +184,7 @@ class Sarah(Recursive):
     """Recursive differences with a full pass every ``period`` steps (SARAH, SPIDER): VRBO, SRBA.
 
     Costs one more evaluation at the last point, and three vectors; a full pass is over all of
-    the data given as `Batches`, or over the recorded window.
+    the data the losses were registered with.
 
     Args:
         period: inner steps from one full pass to the next; 1 is a full pass always.

@@ -12,6 +12,7 @@ every c-th iterate was recorded, those between are stepped through again (`Stepp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def check_mismatch(
         if not error <= bound and error < KINK and unexplained is not None:
             error = unexplained(index)
         if not error <= bound:
-            if error != error:
+            if math.isnan(error):
                 raise NonFinite(
                     f"Inner step {number} of this window is not finite: the inner parameters "
                     "have probably diverged. Look at the training loss, and lower the inner "

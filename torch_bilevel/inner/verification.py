@@ -6,6 +6,7 @@ hypergradient computed from them would be that of another program.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -117,7 +118,7 @@ def raise_mismatch(
         float(dot / (norms[0] * norms[1])) if bool(norms[0] * norms[1] > 0) else 0.0
     )
     names = ", ".join(repr(call.name) for call, _ in record.calls)
-    if relative != relative:
+    if math.isnan(relative):
         raise NonFinite(
             f"The gradient of inner step {record.index} of this window is not finite (registered "
             f"losses {names}). The inner parameters have probably diverged; look at the training "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,16 +210,15 @@ def check_numbers(
             "the operation."
         )
     if found and found.risky_step and found.safe_step is not None:
+        option = _option(estimator)
+        estimated = (
+            "" if option == "adjoint_lr" else "; leave it out to have it estimated"
+        )
         warn(
             StepSizeWarning,
             f"The step size of {estimator} is larger than the method allows with samples: "
             f"η < 1/λ_max of the inner Hessian, about {_inverse(found.safe_step)}. "
-            f"{_option(estimator)}={float(found.safe_step):.3g} would be safe"
-            + (
-                "."
-                if hasattr(estimator, "adjoint_lr")
-                else "; leave it out to have it estimated."
-            ),
+            f"{option}={float(found.safe_step):.3g} would be safe{estimated}.",
         )
     if found and negative:
         text = _negative(estimator, found)
@@ -252,24 +250,22 @@ def check_numbers(
     return status, zero
 
 
-def _solver(estimator: Estimator) -> Any:
-    return getattr(getattr(estimator, "base", estimator), "solver", None)
-
-
 def _option(estimator: Estimator) -> str:
     """What the step size of v is called."""
-    if hasattr(estimator, "adjoint_lr"):
+    inside = getattr(estimator, "base", estimator)
+    if hasattr(inside, "adjoint_lr"):
         return "adjoint_lr"
-    return "lr" if hasattr(_solver(estimator), "lr") else "step_size"
+    return "lr" if hasattr(getattr(inside, "solver", None), "lr") else "step_size"
 
 
 def _diverged(estimator: Estimator, found: Solution) -> str:
-    if hasattr(estimator, "adjoint_lr"):
+    option = _option(estimator)
+    if option == "adjoint_lr":
         return (
             f"The adjoint of {estimator} is not finite: its steps, of the inner learning rate or "
             "adjoint_lr=, are too large for the inner Hessian. Lower adjoint_lr."
         )
-    solver = _solver(estimator)
+    solver = getattr(getattr(estimator, "base", estimator), "solver", None)
     if getattr(solver, "options", None) or getattr(solver, "optimizer", "SGD") != "SGD":
         return (
             f"The linear solver of {estimator} diverged: the residual grew beyond the right-hand "
@@ -279,7 +275,7 @@ def _diverged(estimator: Estimator, found: Solution) -> str:
     if found.safe_step is not None and hasattr(solver, "upper"):
         safe = f"upper={1 / float(found.safe_step):.3g}"
     elif found.safe_step is not None:
-        safe = f"{_option(estimator)}={float(found.safe_step):.3g}"
+        safe = f"{option}={float(found.safe_step):.3g}"
     return (
         f"The linear solver of {estimator} diverged: the residual grew beyond the right-hand "
         f"side. λ_max of the inner Hessian is about {_inverse(found.safe_step)}; "

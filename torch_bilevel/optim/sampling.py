@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BilevelError
-from ..problem import Batches, Randomness, Sample, Ticket, preserved, record
+from ..problem import Randomness, Sample, Ticket, preserved, record
 
 if TYPE_CHECKING:
     from ..inner import StepRecord
@@ -120,11 +120,11 @@ class Sampler:
         owner = self._owner
         loss = _of(owner.inner_losses, call) or _of(owner.outer_losses, call)
         source = loss.data if loss else None
-        batches = source.source if source else None
-        one = isinstance(batches, (list, tuple)) and len(batches) == 1
+        known, batches = (source.source, source.numbered) if source else (None, None)
+        one = isinstance(known, (list, tuple)) and len(known) == 1
         if source is not None and (source.batches == "all" or one):
             return 0, 1  # the same batches every time
-        elif isinstance(batches, Batches):
+        elif batches is not None:
             found = batches.number((*call.args, *call.kwargs.values()))
             if found is not None:
                 return found, len(batches)
@@ -132,8 +132,8 @@ class Sampler:
             return 0, 1  # a loss without arguments has one batch
         what = (
             "its arguments are not tensors that these Batches handed out"
-            if isinstance(batches, Batches)
-            else f"its data is {type(batches).__name__ if source else 'not known'}"
+            if batches is not None
+            else f"its data is {type(known).__name__ if source else 'not known'}"
         )
         raise BilevelError(
             f"A SAGA table has a row for every batch, and which batch {call.name!r} was called on "
@@ -147,9 +147,8 @@ class Sampler:
         """Independent samples; None takes as many as the window has steps."""
         steps = list(window) or [like]
         picks: Sequence[int] = range(len(steps))
-        if (
-            count is not None
-        ):  # which losses a step is made of may differ from step to step
+        if count is not None:
+            # which losses a step is made of may differ from step to step
             known = self._generator
             picks = torch.randint(len(steps), (count,), generator=known).tolist()
         return [self._sample(steps[pick]) for pick in picks]

@@ -15,9 +15,9 @@ class SRBA(NamedAlgorithm):
 
         D ← D(new; ξ) − D(old; ξ) + D,   and every ``period`` steps D ← D(new; all data)
 
-    It only chooses parts: ``estimator="srba"`` and ``inner_steps=1``. Give the data
-    (``inner_loss(data=...)``, ``outer_loss(data=...)``), without which a full pass is one over
-    the recorded steps. What differs from the paper: ``period`` is 8 steps, while the theory's is of
+    It only chooses parts: ``estimator="srba"`` and ``inner_steps=1``. Give the data to pass over
+    (``inner_loss(data=...)``, ``outer_loss(data=...)``); an inner loss with arguments and without
+    data is refused. What differs from the paper: ``period`` is 8 steps, while the theory's is of
     the order of the number of batches, ``"srba(memory='sarah(period=64)')"``.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import BilevelError, BilevelWarning
 from ..estimators import EstimatorMemory
 from ..inner import Part, StepRecord, Tangents
-from ..problem import Batches, Call, Randomness
+from ..problem import Call, Randomness
 from ..solvers import Memory
 from .maps import FixedPointMap
 from .report import Report
@@ -223,7 +223,8 @@ def _save_call(
 ) -> dict[str, Any]:
     order = {id(m): i for i, m in enumerate(optimizer._modules.members.values())}
     call.check_unchanged()
-    batches = _batches(optimizer.inner_losses[names[call.function]])
+    data = optimizer.inner_losses[names[call.function]].data
+    batches = data and data.numbered
     return {
         "loss": names[call.function],
         "number": batches and batches.number((*call.args, *call.kwargs.values())),
@@ -284,7 +285,7 @@ def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:
         _decode(optimizer, saved["args"]),
         _decode(optimizer, saved["kwargs"]),
     )
-    batches = _batches(loss)
+    batches = loss.data and loss.data.numbered
     if batches is not None and saved["number"] is not None:
         batches.moved((*args, *kwargs.values()), None, saved["number"])
     known = (*optimizer.problem.inner.ids, *optimizer.problem.outer.ids)
@@ -313,12 +314,6 @@ def _load_call(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> Call:
         buffers=buffers,
         frozen={id(optimizer.problem.inner.tensors[i]) for i in saved["frozen"]},
     )
-
-
-def _batches(loss: Any) -> Batches | None:
-    """The numbered batches a loss draws from, if it does."""
-    source = None if loss.data is None else loss.data.source
-    return source if isinstance(source, Batches) else None
 
 
 def _encode(optimizer: BilevelOptimizer, value: Any) -> Any:

@@ -42,7 +42,7 @@ class DataSource:
         if isinstance(source, tuple) and all(isinstance(t, Tensor) for t in source):
             raise BilevelError(
                 f"{role}_loss(data=(tensor, ...)): every row of the first tensor would be a batch. "
-                f"Write data=tb.Batches((x, y), batch_size=64) for minibatches, or data=[(x, y)] "
+                "Write data=tb.Batches((x, y), batch_size=64) for minibatches, or data=[(x, y)] "
                 "for one batch of everything."
             )
         if not self.iterable and self.iterator is None and not callable(source):
@@ -57,9 +57,14 @@ class DataSource:
             )
 
     @property
+    def numbered(self) -> Batches | None:
+        """The source, if its batches have numbers."""
+        return self.source if isinstance(self.source, Batches) else None
+
+    @property
     def in_order(self) -> bool:
         """Whether draws are consecutive batches of one pass, several of them, in its order."""
-        if isinstance(self.source, Batches) or callable(self.source):
+        if self.numbered is not None or callable(self.source):
             return False
         return not hasattr(self.source, "__len__") or len(self.source) > 1
 
@@ -70,9 +75,10 @@ class DataSource:
             device: where tensors are moved.
             count: how many; None takes as many as a hypergradient averages over.
         """
-        if isinstance(self.source, Batches) and self.batches != "all":
-            drawn = self.source.draw(count or int(self.batches))
-            return [self.source.moved(batch, device) for batch in drawn]
+        known = self.numbered
+        if known is not None and self.batches != "all":
+            drawn = known.draw(count or int(self.batches))
+            return [known.moved(batch, device) for batch in drawn]
         if self.batches == "all" and count is None:
             everything = self.everything(device)
             assert everything is not None
@@ -87,8 +93,8 @@ class DataSource:
 
     def everything(self, device: torch.device) -> list[tuple] | None:
         """Every batch once, on the given device; None where that cannot be had."""
-        if isinstance(self.source, Batches):
-            known = self.source
+        known = self.numbered
+        if known is not None:
             return [known.moved(known[k], device) for k in range(len(known))]
         if not self.iterable:
             return None

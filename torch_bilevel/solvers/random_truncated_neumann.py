@@ -77,7 +77,7 @@ class RandomTruncatedNeumann(Solver):
                 before, Aw = w, operator.draw(q)(w)
                 w = w - eta * Aw
                 good.note(w, w, before, Aw)
-            diverged = ~(torch.dot(w, w) <= torch.dot(b, b) * (1 + 1e-3))
+            diverged = good.grown(w)
             return solution(
                 eta * self.num_steps * good.unless(diverged, w),
                 relative(w, b),

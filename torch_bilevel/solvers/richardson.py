@@ -148,19 +148,45 @@ class LastGood:
     """
 
     def __init__(self, b: Tensor, value: Tensor):
-        self._limit = torch.dot(b, b) * (1 + 1e-3)
+        self._bb = torch.dot(b, b)
         self.value = value
         self.curvature = b.new_zeros(())
 
+    def grown(self, r: Tensor, squared: float = 1 + 1e-3) -> Tensor:
+        """Whether ‖r‖² exceeds so many times ‖b‖², or is not a number."""
+        return ~(torch.dot(r, r) <= self._bb * squared)
+
     def note(self, value: Tensor, r: Tensor, p: Tensor, Ap: Tensor) -> None:
         """An iterate with its residual; pᵀ A p/pᵀp of the direction whose product was taken."""
-        self.value = torch.where(torch.dot(r, r) <= self._limit, value, self.value)
+        self.value = torch.where(self.grown(r), self.value, value)
         pp = torch.dot(p, p)
         self.curvature = torch.where(pp > 0, torch.dot(p, Ap) / pp, self.curvature)
 
     def unless(self, diverged: Tensor, value: Tensor) -> Tensor:
         """``value``; where it diverged, and is not lost to inf or NaN, the last good one."""
         return torch.where(diverged & torch.isfinite(value).all(), self.value, value)
+
+
+def safer_step(
+    operator: Operator,
+    b: Tensor,
+    eta: Tensor | float,
+    memory: Memory,
+    limit: float = 1.0,
+) -> Tensor | None:
+    """limit/λ̂_max if η exceeds it; looked at once, with ten products at most.
+
+    Args:
+        operator: A; one that is not symmetric is not looked at.
+        b: any vector of the right size, dtype and device.
+        eta: η.
+        memory: says by its eigenvalue that it was looked at.
+        limit: of η λ_max.
+    """
+    if memory.eigenvalue is not None or not operator.symmetric:
+        return None
+    size = largest_eigenvalue(operator, b, memory, max_steps=10)
+    return limit * _inverse(size) if bool(size * eta > limit * (1 + 1e-6)) else None
 
 
 def with_step_size(
@@ -186,10 +212,7 @@ def with_step_size(
     risky = None
     if step_size is not None:
         eta = torch.as_tensor(step_size, dtype=b.dtype, device=b.device)
-        if limit is not None and memory.eigenvalue is None and operator.symmetric:
-            size = largest_eigenvalue(operator, b, memory, max_steps=10)
-            over = bool(size * eta > limit * (1 + 1e-6))
-            risky = limit * _inverse(size) if over else None
+        risky = None if limit is None else safer_step(operator, b, eta, memory, limit)
     else:
         known = memory.eigenvalue
         eta = _inverse(estimate(operator, b, memory) if known is None else known)

@@ -98,7 +98,7 @@ class SGDSolver(Solver):
                 good.note(v, r, v, Av)
                 v.grad = -r
                 descent.step()
-            diverged = ~(torch.dot(r, r) <= 100 * torch.dot(b, b))
+            diverged = good.grown(r, 100)
             return solution(
                 good.unless(diverged, v),
                 relative(r, b),

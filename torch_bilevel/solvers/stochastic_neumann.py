@@ -77,7 +77,7 @@ class StochasticNeumann(Solver):
                 w = w - eta * Aw
                 total = total + w
                 good.note(total, w, before, Aw)
-            diverged = ~(torch.dot(w, w) <= torch.dot(b, b) * (1 + 1e-3))
+            diverged = good.grown(w)
             return solution(
                 eta * good.unless(diverged, total),
                 relative(w, b),

@@ -78,7 +78,7 @@ class StochasticRichardson(Solver):
                 good.note(v, r, v, Av)
                 v = v + eta * shrunk * r
             # Noise makes residuals of the size of b; growth by 10 is not noise.
-            diverged = ~(torch.dot(r, r) <= 100 * torch.dot(b, b))
+            diverged = good.grown(r, 100)
             return solution(
                 good.unless(diverged, v),
                 relative(r, b),
