@@ -19,6 +19,7 @@ __all__ = [
     "NoInnerStep",
     "NoOuterStepWarning",
     "NoSecondDerivative",
+    "NoThirdDerivative",
     "NoUpdateRule",
     "NonFinite",
     "NonSymmetricSystem",
@@ -116,6 +117,10 @@ class NonFinite(BilevelError):
 
 class NoSecondDerivative(BilevelError):
     """An operation of the model has no second derivative in PyTorch."""
+
+
+class NoThirdDerivative(BilevelError):
+    """An operation with two derivatives was differentiated three times."""
 
 
 class SolverLimit(BilevelError):

@@ -1,0 +1,388 @@
+"""`torch_bilevel.ops` against torch.nn.functional: values, two derivatives, transforms, corners."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from torch_bilevel import ops
+from torch_bilevel.errors import InvalidLoss, NoThirdDerivative
+from torch_bilevel.ops import formulas
+
+
+def plain(name):
+    """The same loss of plain torch operations."""
+
+    def loss(
+        x, weight, bias, target, example_weights=None, reduction="mean", **options
+    ):
+        z = F.linear(x, weight, bias)
+        function = {
+            "linear_cross_entropy": F.cross_entropy,
+            "linear_logistic": F.binary_cross_entropy_with_logits,
+            "linear_squared_error": F.mse_loss,
+        }[name]
+        if example_weights is None:
+            return function(z, target, reduction=reduction, **options)
+        losses = function(z, target, reduction="none", **options)
+        losses = losses * (
+            example_weights if losses.dim() == 1 else example_weights[:, None]
+        )
+        if reduction == "none":
+            return losses
+        count = losses.numel()
+        if target.dtype == torch.int64:
+            count = (target != options.get("ignore_index", -100)).sum()
+        return losses.sum() / (count if reduction == "mean" else 1)
+
+    return loss
+
+
+# name, kind of target, options
+CASES = {
+    "indices": ("linear_cross_entropy", "indices", {}),
+    "smoothing": ("linear_cross_entropy", "indices", {"label_smoothing": 0.2}),
+    "ignored": ("linear_cross_entropy", "indices", {"ignore_index": 1}),
+    "probabilities": ("linear_cross_entropy", "real", {}),
+    "smooth probabilities": ("linear_cross_entropy", "real", {"label_smoothing": 0.1}),
+    "logistic": ("linear_logistic", "real", {}),
+    "squared": ("linear_squared_error", "real", {}),
+}
+
+
+def arguments(kind, n=6, d=4, c=3, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    target = (
+        torch.randint(c, (n,), generator=g)
+        if kind == "indices"
+        else torch.softmax(2 * draw(n, c), 1)
+    )
+    return [draw(n, d), draw(c, d), draw(c), target, draw(n).sigmoid()]
+
+
+def leaves(args):
+    return [
+        t.clone().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in args
+    ]
+
+
+def two_derivatives(loss, args, **options):
+    """Value, gradient, and second derivative along a fixed direction, of every argument."""
+    args = leaves(args)
+    value = loss(*args[:4], example_weights=args[4], **options)
+    wanted = [t for t in args if t is not None and t.requires_grad]
+    g = torch.Generator().manual_seed(5)
+    seed = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.dtype)
+    first = torch.autograd.grad(value, wanted, seed, create_graph=True)
+    along = [
+        torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)
+        for t in wanted
+    ]
+    second = torch.autograd.grad(first, wanted, along, retain_graph=True)
+    return [value, *first, *second]
+
+
+def agree(found, expected, tolerance):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        scale = max(float(theirs.detach().double().norm()), 1.0)
+        error = float((ours.detach().double() - theirs.detach().double()).norm())
+        assert error <= tolerance * scale
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_two_derivatives_in_every_argument(case, bias, weighted, reduction):
+    name, kind, options = CASES[case]
+    args = arguments(kind)
+    args[2] = args[2] if bias else None
+    args[4] = args[4] if weighted else None
+    options = {**options, "reduction": reduction}
+    ours = two_derivatives(getattr(ops, name), args, **options)
+    agree(ours, two_derivatives(plain(name), args, **options), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck_and_gradgradcheck(case):
+    name, kind, options = CASES[case]
+    args = leaves(arguments(kind, n=4, d=2, c=3))
+
+    def loss(x, weight, bias, target, example_weights):
+        return getattr(ops, name)(
+            x, weight, bias, target, example_weights=example_weights, **options
+        )
+
+    assert gradcheck(loss, args) and gradgradcheck(loss, args)
+
+
+@pytest.mark.parametrize(
+    "n, d, c", [(0, 3, 2), (1, 1, 1), (5, 3, 1), (1, 7, 4), (700, 3, 2)]
+)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("keep", [True, False])
+def test_sizes_and_chunks(case, n, d, c, keep, monkeypatch):
+    """Also an empty batch, one class, chunks, and outputs that are not kept."""
+    monkeypatch.setattr(formulas, "CHUNK", 1)  # 256 rows
+    monkeypatch.setattr(formulas, "KEEP", 2**24 if keep else -1)
+    name, kind, options = CASES[case]
+    if case == "ignored":
+        options = {"ignore_index": -100}
+    args = arguments(kind, n, d, c)
+    options = {**options, "reduction": "sum"}
+    ours = two_derivatives(getattr(ops, name), args, **options)
+    agree(ours, two_derivatives(plain(name), args, **options), 1e-12)
+
+
+def test_outputs_are_never_materialised_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(formulas, "CHUNK", 1)
+    monkeypatch.setattr(formulas, "KEEP", 0)
+    largest = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "mm" in str(function):
+                largest.append(out.numel())
+            return out
+
+    x, W, b, t, _ = leaves(arguments("indices", n=2048, d=3, c=50))
+    x = x.detach()
+    with Largest():
+        loss = ops.linear_cross_entropy(x, W, b, t)
+        first = torch.autograd.grad(loss, [W, b], create_graph=True)
+        torch.autograd.grad(first, [W, b], first)
+    assert largest and max(largest) <= 256 * 50
+
+
+@pytest.mark.parametrize("case", ["indices", "probabilities", "logistic", "squared"])
+def test_extreme_outputs_are_finite_and_right(case):
+    name, kind, options = CASES[case]
+    args = arguments(kind)
+    args[0] = args[0] * 1e4
+    ours = two_derivatives(getattr(ops, name), args, **options)
+    assert all(bool(t.isfinite().all()) for t in ours)
+    agree(ours, two_derivatives(plain(name), args, **options), 1e-10)
+
+
+def test_one_output_without_a_dimension():
+    x, W, b, t, w = arguments("real", c=1)
+    for name in ("linear_logistic", "linear_squared_error"):
+        for reduction in ("mean", "none"):
+            options = {"reduction": reduction}
+            squeezed = [x, W[0], b[0], t[:, 0], w]
+            value = getattr(ops, name)(*squeezed[:4], example_weights=w, **options)
+            other = plain(name)(x, W, b, t, w, **options)
+            agree([value], [other.reshape(value.shape)], 1e-12)
+            assert value.shape == ((6,) if reduction == "none" else ())
+
+
+def test_one_example_without_a_dimension():
+    x, W, b, t, _ = arguments("indices")
+    for reduction in ("mean", "none"):
+        value = ops.linear_cross_entropy(x[0], W, b, t[0], reduction=reduction)
+        other = F.cross_entropy(F.linear(x[0], W, b), t[0], reduction=reduction)
+        agree([value], [other], 1e-12)
+
+
+def test_layouts():
+    """Transposed, strided, expanded, channels-last."""
+    x, W, b, t, w = arguments("indices", n=8, d=12)
+    images = torch.randn(8, 3, 2, 2, dtype=torch.float64)
+    images = images.to(memory_format=torch.channels_last)
+    variants = [
+        (x.T.contiguous().T, W.T.contiguous().T, b),
+        (torch.cat([x, x], 1)[:, ::2], W[:, :].flip(0), b[:1].expand(3)),
+        (images.flatten(1), W, b),
+        (x[:1].expand(8, 12), W, b),
+    ]
+    for x_, W_, b_ in variants:
+        args = [x_, W_, b_, t, w]
+        ours = two_derivatives(ops.linear_cross_entropy, args)
+        agree(ours, two_derivatives(plain("linear_cross_entropy"), args), 1e-12)
+
+
+# relative errors of the loss and of both derivatives, against float64 on the stored numbers
+STORED = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # rounding of what is returned
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("case", ["indices", "probabilities", "logistic", "squared"])
+def test_16_bit_storage_accumulates_in_float32(case, dtype):
+    name, kind, options = CASES[case]
+    args = arguments(kind, n=300, d=40, c=5, dtype=dtype)
+    exact = [t.double() if t.is_floating_point() else t for t in args]
+    loss = getattr(ops, name)
+    ours = two_derivatives(loss, args, reduction="sum", **options)
+    theirs = two_derivatives(plain(name), exact, reduction="sum", **options)
+    assert ours[0].dtype == torch.float32
+    agree(ours[:1], theirs[:1], 1e-6)
+    agree(ours[1:], theirs[1:], STORED[dtype])
+    # with only the features stored so, no rounding is left
+    exact = exact[:4]
+    mixed = [args[0], *(t.float() if t.is_floating_point() else t for t in exact[1:])]
+
+    def of_weights(loss, x, W, *rest):
+        W = W.clone().requires_grad_()
+        value = loss(x, W, *rest, reduction="sum", **options)
+        (first,) = torch.autograd.grad(value, W, create_graph=True)
+        return first, *torch.autograd.grad(first, W, exact[1].sin().to(W.dtype))
+
+    agree(of_weights(loss, *mixed), of_weights(plain(name), *exact), 2e-6)
+
+
+@pytest.mark.parametrize("case", ["indices", "logistic", "squared"])
+def test_under_autocast(case):
+    name, kind, options = CASES[case]
+    args = arguments(kind, n=50, d=20, dtype=torch.float32)
+
+    def inside(loss):
+        def call(*a, **k):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return loss(*a, **k)
+
+        return call
+
+    ours = two_derivatives(inside(getattr(ops, name)), args, **options)
+    assert all(t.dtype == torch.float32 for t in ours)
+    agree(ours, two_derivatives(plain(name), args, **options), 2e-2)
+    # a backward inside the region computes the same
+    W = args[1].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = getattr(ops, name)(args[0], W, args[2], args[3], **options)
+        (a,) = torch.autograd.grad(value, W, retain_graph=True)
+    (b,) = torch.autograd.grad(value, W)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torch_func(case):
+    """vmap over tasks, grad, vmap∘grad, grad∘grad and vmap∘grad∘grad equal the loop."""
+    name, kind, options = CASES[case]
+    tasks = [arguments(kind, seed=seed) for seed in range(3)]
+    x, W, b, t, w = (torch.stack(parts) for parts in zip(*tasks, strict=True))
+
+    def of(loss):
+        def scalar(weight, x, b, t, w):
+            return loss(x, weight, b, t, example_weights=w, **options)
+
+        def curved(weight, x, b, t, w):
+            inner = torch.func.grad(scalar)
+            return torch.func.grad(
+                lambda u: (inner(u, x, b, t, w) * weight.detach().sin()).sum()
+            )(weight)
+
+        maps = {"value": scalar, "grad": torch.func.grad(scalar), "second": curved}
+        cross = torch.func.grad(
+            lambda w, weight, x, b, t: torch.func.grad(scalar)(weight, x, b, t, w).sum()
+        )
+        found = {}
+        for key, function in maps.items():
+            found[key] = torch.func.vmap(function)(W, x, b, t, w)
+            found[f"shared {key}"] = torch.func.vmap(
+                function, in_dims=(0, None, None, None, None)
+            )(W, x[0], b[0], t[0], w[0])
+            found[f"one {key}"] = function(W[0], x[0], b[0], t[0], w[0])
+        found["cross"] = torch.func.vmap(cross)(w, W, x, b, t)
+        return found
+
+    ours, theirs = of(getattr(ops, name)), of(plain(name))
+    for key in theirs:
+        agree([ours[key]], [theirs[key]], 1e-12)
+
+
+def test_jacobians_of_both_kinds():
+    x, W, b, t, _ = arguments("indices")
+
+    def loss(weight):
+        return ops.linear_cross_entropy(x, weight, b, t)
+
+    def other(weight):
+        return F.cross_entropy(F.linear(x, weight, b), t)
+
+    jacobian = torch.func.jacrev(torch.func.grad(loss))(W)
+    agree([jacobian], [torch.func.jacrev(torch.func.grad(other))(W)], 1e-12)
+
+
+def test_the_cross_derivative_can_be_transposed():
+    """Linear in the direction: ∂_v⟨J v, u⟩ = Jᵀ u, which needs the graph of a product."""
+    for case in CASES:
+        name, kind, options = CASES[case]
+        found = []
+        for loss in (getattr(ops, name), plain(name)):
+            args = leaves(arguments(kind))
+            value = loss(*args[:4], example_weights=args[4], **options)
+            wanted = [t for t in args if t.requires_grad]
+            first = torch.autograd.grad(value, wanted[:-1], create_graph=True)
+            v = [torch.ones_like(t, requires_grad=True) for t in first]
+            product = torch.autograd.grad(first, wanted, v, create_graph=True)
+            u = [t.detach().sin() for t in wanted]
+            found.append(torch.autograd.grad(product, v, u))
+        agree(*found, 1e-12)
+
+
+def test_a_third_derivative_raises():
+    for case in CASES:
+        name, kind, options = CASES[case]
+        args = leaves(arguments(kind))
+        value = getattr(ops, name)(*args[:4], example_weights=args[4], **options)
+        (first,) = torch.autograd.grad(value, args[1], create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), args[1], create_graph=True)
+        with pytest.raises(NoThirdDerivative, match="differentiated three times"):
+            torch.autograd.grad(second.sum(), args[1])
+    with pytest.raises(NoThirdDerivative):
+        grad = torch.func.grad
+        grad(lambda W: grad(lambda W: grad(value_of)(W).sum())(W).sum())(torch.ones(2, 2))
+
+
+def value_of(W):
+    return ops.linear_cross_entropy(torch.eye(2), W, None, torch.tensor([0, 1])).square()
+
+
+def test_a_frozen_argument_costs_nothing():
+    """No product with W where only W is trained: two matrix products a product."""
+    names = []
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, W, b, t, w = arguments("indices")
+    W.requires_grad_()
+    w.requires_grad_()
+    value = ops.linear_cross_entropy(x, W, b, t, example_weights=w)
+    (first,) = torch.autograd.grad(value, W, create_graph=True)
+    with Names():
+        torch.autograd.grad(first, [W, w], torch.ones_like(W))
+    assert sum("mm" in name for name in names) == 2
+
+
+WRONG = {
+    "reduction": ({"reduction": "average"}, "'mean', 'sum' or 'none'"),
+    "x": ({"x": torch.zeros(2, 3, 4)}, r"x\.flatten\(0, -2\)"),
+    "bias": ({"bias": torch.zeros(4)}, r"bias must be \(3,\)"),
+    "integers": ({"x": torch.zeros(6, 4, dtype=torch.int64)}, r"x\.float\(\)"),
+    "weights": ({"example_weights": torch.zeros(5)}, "each of the 6 rows"),
+    "target": ({"target": torch.zeros(6, dtype=torch.int32)}, "int64 of shape"),
+    "real": ({"target": torch.zeros(6, 2)}, r"the outputs have \(6, 3\)"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_fit(what):
+    changed, message = WRONG[what]
+    x, W, b, t, w = arguments("indices")
+    given = {"x": x, "weight": W, "bias": b, "target": t, "example_weights": w}
+    with pytest.raises(InvalidLoss, match=message):
+        ops.linear_cross_entropy(**{**given, **changed})
+
+
+def test_every_operation_has_a_case():
+    assert {name for name, _, _ in CASES.values()} == set(ops.__all__)

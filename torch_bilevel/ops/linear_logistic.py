@@ -1,0 +1,105 @@
+"""Logistic loss of linear outputs, in the numerically stable form.
+
+    ℓ = max(z, 0) − z t + log(1 + e^{−|z|}),    r = σ(z) − t,    ℓ_zz u = σ(1 − σ) u
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .link import Link
+from .reduction import check, loss_of, real_target
+
+
+@dataclass(frozen=True)
+class _Logistic(Link):
+    """Targets are probabilities of each output, (c, n); the state is z."""
+
+    elementwise = True
+
+    def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return F.softplus(z) - z * t, z
+
+    def residual(self, state: Tensor, t: Tensor) -> Tensor:
+        return state.sigmoid() - t
+
+    def along(self, state: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        p = state.sigmoid()
+        return (p - t) * u, p * state.neg().sigmoid() * u
+
+    def target(self, state: Tensor, t: Tensor) -> Tensor:
+        return -state
+
+    def mixed(self, state: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return -v
+
+    def mixed_transpose(self, state: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return -u
+
+
+def linear_logistic(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    example_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Logistic loss of ``F.linear(x, weight, bias)`` as one operation.
+
+    The value of ``F.binary_cross_entropy_with_logits(F.linear(x, weight, bias), target)``, each
+    example's loss multiplied by ω_i; two derivatives, as `linear_cross_entropy`.
+
+    Args:
+        x: features, (n, d).
+        weight: (c, d) for c independent outputs, or (d,) for one.
+        bias: (c,), or 0-d with a weight of shape (d,), or None.
+        target: probabilities in [0, 1], of the shape of the outputs: (n, c) or (n,).
+        example_weights: ω, (n,).
+        reduction: ``"mean"`` (over examples and outputs), ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss, 0-d, or of the shape of the outputs without reduction.
+
+    Raises:
+        InvalidLoss: shapes, dtypes or options do not fit.
+        NoThirdDerivative: it is differentiated three times.
+
+    Example:
+        >>> import torch
+        >>> from torch_bilevel.ops import linear_logistic
+        >>> x, w = torch.tensor([[1.0], [-1.0]]), torch.zeros(1, requires_grad=True)
+        >>> loss = linear_logistic(x, w, None, torch.tensor([1.0, 0.0]))
+        >>> torch.autograd.grad(loss, w)        # mean of (σ(0) − t) x
+        (tensor([-0.5000]),)
+    """
+    return elementwise(
+        "linear_logistic",
+        _Logistic(), x, weight, bias, target, example_weights, reduction,
+    )  # fmt: skip
+
+
+def elementwise(
+    name: str,
+    link: Link,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    example_weights: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """A loss with one term for every output; a weight of shape (d,) has one without dimension."""
+    single = weight.dim() == 1
+    if single:
+        weight, target = weight.unsqueeze(0), target.unsqueeze(-1)
+        bias = None if bias is None else bias.reshape(1)
+    check(name, x, weight, bias, example_weights, reduction)
+    target = real_target(name, target, x, weight).mT
+    result = loss_of(link, x, weight, bias, target, example_weights, None, reduction)
+    return result.squeeze(-1) if single and reduction == "none" else result

@@ -1,0 +1,46 @@
+"""What is particular to one loss: its formulas, row by row."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+
+class Link(abc.ABC):
+    """The formulas of one loss ℓ(z, t); arrays are class-major, (c, n).
+
+    ℓ is one number per example, (n,), or, ``elementwise``, one per output, (c, n). *State*: what the other formulas
+    need of z, (c, n). Only losses with real targets have the last four.
+    """
+
+    elementwise = False
+
+    @abc.abstractmethod
+    def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """ℓ and the state."""
+
+    @abc.abstractmethod
+    def residual(self, state: Tensor, t: Tensor) -> Tensor:
+        """r = ∂_z ℓ."""
+
+    @abc.abstractmethod
+    def along(self, state: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """⟨r, u⟩, of the shape of ℓ, and ℓ_zz u."""
+
+    def target(self, state: Tensor, t: Tensor) -> Tensor:
+        """ℓ_t."""
+        raise NotImplementedError
+
+    def mixed(self, state: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """ℓ_zt v."""
+        raise NotImplementedError
+
+    def mixed_transpose(self, state: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """ℓ_tz u."""
+        raise NotImplementedError
+
+    def target_curvature(self, v: Tensor) -> Tensor:
+        """ℓ_tt v."""
+        return torch.zeros_like(v)

@@ -1,0 +1,108 @@
+"""What the operations have in common before and after: checks of arguments, the sum over examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidLoss
+from .linear_loss import linear_loss
+from .link import Link
+
+
+def check(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    example_weights: Tensor | None,
+    reduction: str,
+) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        InvalidLoss: with what was seen and what to write.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise InvalidLoss(
+            f"{name}(reduction={reduction!r}): write 'mean', 'sum' or 'none'."
+        )
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise InvalidLoss(
+            f"{name}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be "
+            "(n, d) and (c, d). Flatten what stands before the features: x.flatten(0, -2)."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InvalidLoss(
+            f"{name}: bias has shape {tuple(bias.shape)} and weight {tuple(weight.shape)}; bias "
+            f"must be ({weight.shape[0]},) or None."
+        )
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise InvalidLoss(
+            f"{name}: x is {x.dtype} and weight {weight.dtype}; both must be floating point. "
+            "Write x.float()."
+        )
+    if example_weights is not None and example_weights.shape != x.shape[:1]:
+        raise InvalidLoss(
+            f"{name}: example_weights has shape {tuple(example_weights.shape)}; one weight for "
+            f"each of the {len(x)} rows of x is needed."
+        )
+
+
+def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Targets that are real numbers, one for each output, in the precision of the outputs.
+
+    Raises:
+        InvalidLoss: the shape does not fit.
+    """
+    shape = len(x), len(weight)
+    if target.shape != shape:
+        raise InvalidLoss(
+            f"{name}: target has shape {tuple(target.shape)}, and the outputs have {shape}."
+        )
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return target.to(torch.promote_types(dtype, torch.float32))
+
+
+def loss_of(
+    link: Link,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    example_weights: Tensor | None,
+    valid: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The weighted losses, their sum, or their mean.
+
+    Args:
+        link: the loss.
+        x: (n, d).
+        weight: (c, d).
+        bias: (c,) or None.
+        target: (n,), or class-major (c, n).
+        example_weights: ω, (n,) or None.
+        valid: which examples count, (n,), or None for all.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    if example_weights is not None and example_weights.dtype is not dtype:
+        example_weights = example_weights.to(dtype)
+    share = None if valid is None else valid.to(dtype)
+    if reduction == "mean":
+        if share is None:
+            count = len(x) * (len(weight) if link.elementwise else 1)
+            share = torch.full((), _inverse(count), dtype=dtype, device=x.device)
+        else:
+            share = share / share.sum()
+    summed = reduction != "none"
+    losses = linear_loss(
+        link, x, weight, bias, target, example_weights, share, summed
+    )
+    return losses.mT if losses.dim() == 2 else losses
+
+
+def _inverse(count: int) -> float:
+    return 1 / count if count else float("nan")
