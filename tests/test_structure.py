@@ -22,6 +22,7 @@ FLOOR = {
     "_version": -1, "errors": -1, "_vector": 0, "_checks": 0, "_registry": 0,
     "second_order": 1, "ops": 1,
     "problem": 2, "solvers": 2,
+    "products": 2.5,
     "inner": 3,
     "estimators": 4,
     "optim": 5,
@@ -72,7 +73,7 @@ def test_files_and_functions_are_short(path):
 
 
 @pytest.mark.parametrize(
-    "folder", ["problem", "solvers", "inner", "estimators", "optim"]
+    "folder", ["ops", "problem", "solvers", "products", "inner", "estimators", "optim"]
 )
 def test_no_private_name_crosses_folders(folder):
     for path in (ROOT / folder).glob("*.py"):
@@ -101,7 +102,12 @@ def test_every_member_of_a_registry_has_a_row():
 
 @pytest.mark.parametrize(
     "folder, base",
-    [("solvers", "Solver"), ("estimators", "Estimator"), ("optim", "BilevelOptimizer")],
+    [
+        ("solvers", "Solver"),
+        ("products", "Products"),
+        ("estimators", "Estimator"),
+        ("optim", "BilevelOptimizer"),
+    ],
 )
 def test_every_file_is_imported_by_its_folder(folder, base):
     """A new member is one file and one import line; forgetting the line fails here."""

@@ -48,6 +48,7 @@ from .inner import (
     clip_grad_value,
     register_update_rule,
 )
+from .ops import model_output
 from .optim import (
     ANIL,
     BSGM,
@@ -84,6 +85,14 @@ from .optim import (
     citation,
 )
 from .problem import Batches
+from .products import (
+    CentralDifference,
+    DoubleBackward,
+    ForwardOverReverse,
+    GaussNewton,
+    Traced,
+)
+from .products import names as products
 from .second_order import second_order
 from .solvers import (
     CG,
@@ -115,9 +124,11 @@ __all__ = [
     "Box",
     "CG",
     "CGNR",
+    "CentralDifference",
     "Constraint",
     "DARTS",
     "Direct",
+    "DoubleBackward",
     "Displacement",
     "FOMAML",
     "FiniteDifference",
@@ -125,7 +136,9 @@ __all__ = [
     "FixedPointIteration",
     "Forward",
     "ForwardGradient",
+    "ForwardOverReverse",
     "GMRES",
+    "GaussNewton",
     "Group",
     "HeavyBall",
     "HypergradientCheck",
@@ -166,6 +179,7 @@ __all__ = [
     "StochasticNeumann",
     "StochasticRichardson",
     "Storm",
+    "Traced",
     "Unrolled",
     "VRBO",
     "check_hypergradient",
@@ -175,6 +189,8 @@ __all__ = [
     "errors",
     "estimator",
     "estimators",
+    "model_output",
+    "products",
     "register_update_rule",
     "second_order",
     "solvers",

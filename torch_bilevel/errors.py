@@ -9,6 +9,7 @@ __all__ = [
     "BatchChanged",
     "BilevelError",
     "BilevelWarning",
+    "CaptureFailed",
     "Disconnected",
     "Diverged",
     "InvalidHyperparameters",
@@ -117,6 +118,10 @@ class NonFinite(BilevelError):
 
 class NoSecondDerivative(BilevelError):
     """An operation of the model has no second derivative in PyTorch."""
+
+
+class CaptureFailed(BilevelError):
+    """A loss could not be recorded as a program of plain operations."""
 
 
 class NoThirdDerivative(BilevelError):

@@ -31,6 +31,7 @@ from ..inner import (
     missing_rule,
 )
 from ..problem import BilevelProblem, Call, OuterGradients, Ticket, WeightedCall
+from ..products import DoubleBackward, Products
 from ..solvers import Memory, Solution
 
 
@@ -90,6 +91,7 @@ class Situation:
         memory: what survives outer steps; read, not written.
         sampler: draws independent samples of the inner objective.
         outer_calls: the calls of outer losses that are differentiated, with weights.
+        products: the engine of implicit and stochastic estimators.
     """
 
     problem: BilevelProblem
@@ -99,6 +101,7 @@ class Situation:
     memory: EstimatorMemory
     sampler: Sampling
     outer_calls: Sequence[WeightedCall] = ()
+    products: Products = DoubleBackward()
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BilevelError
-from ..problem import Linearization, OuterGradients
+from ..problem import OuterGradients, Point
 from .base import Situation
 from .system import System
 
@@ -88,6 +88,11 @@ def bound(
             "the present outer variables: @optimizer.smoothness above def constants(): return "
             "tb.Smoothness(strong_convexity=..., hessian=..., cross=..., outer=...)."
         )
+    if situation.products.note is not None:
+        raise BilevelError(
+            f"certify=True bounds the error of exact products, and products="
+            f"{str(situation.products)!r} are approximate. Use 'double_backward' or 'traced'."
+        )
     loop, like = situation.loop, outer.inner
     if loop.hyperparameters is not None or (
         loop.proximal and situation.problem.initial
@@ -146,7 +151,7 @@ def bound(
     return found + norm(Jv - at.cross(v))  # J v was averaged over other batches
 
 
-def cross_norm(at: Linearization, max_steps: int = 50) -> Tensor:
+def cross_norm(at: Point, max_steps: int = 50) -> Tensor:
     """‖J‖, the spectral norm: exact for few rows or columns, else power iteration plus 2 %.
 
     Beyond `EXACT` rows and columns it is an estimate: power iteration comes from below, and where

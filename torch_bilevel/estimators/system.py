@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BilevelError, InvalidHyperparameters
 from ..inner import RULES, HyperAdjoint, StepRecord, stationarity
-from ..problem import BilevelProblem, Linearization, Sample, WeightedCall
+from ..problem import BilevelProblem, Point, Sample, WeightedCall
 from .base import Situation
 
 
@@ -95,6 +95,7 @@ class System:
     ):
         problem = situation.problem
         self._problem, self._calls = problem, calls
+        self.products = situation.products
         known = [s for o in situation.optimizers for s in stationarity(o, RULES)]
         self.frozen = any(item.frozen for item in known)
         one_sign = len({item.sign for item in known}) == 1
@@ -113,9 +114,9 @@ class System:
             self.decay = _spread(problem, decays) + damping
 
     @cached_property
-    def linearization(self) -> Linearization:
-        """The loss differentiated once, at the point where it is first asked for."""
-        return self._problem.linearize(self._calls)
+    def linearization(self) -> Point:
+        """Products of the loss at the point where it is first asked for."""
+        return self.products.linearize(self._problem, self._calls)
 
     @property
     def residual(self) -> Tensor:
@@ -130,7 +131,8 @@ class System:
     def notes(self) -> list[str]:
         """What a report says about the system."""
         held = "decoupled weight decay held at its present preconditioner"
-        return [held] if self.frozen else []
+        noted = [] if self.products.note is None else [self.products.note]
+        return [*noted, held] if self.frozen else noted
 
     def forget(self) -> None:
         """Free the graph."""
@@ -181,7 +183,7 @@ def mean_cross(
     total = problem.outer.layout.zeros()
     reached = [False] * len(problem.outer.tensors)
     for calls in samples:
-        here = problem.linearize(calls)
+        here = at.products.linearize(problem, calls)
         total += here.cross(at.signed(v))
         reached = [a or b for a, b in zip(reached, here.reached, strict=True)]
     return total / len(samples), reached

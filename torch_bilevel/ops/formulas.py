@@ -107,13 +107,11 @@ def _known(terms: Terms) -> Tensor:
     """The state, computed again where it was not kept."""
     if terms.state is not None:
         return terms.state
-    return terms.link.value(
-        outputs(terms.x, terms.weight, terms.bias), terms.target
-    )[1]
+    return terms.link.value(outputs(terms.x, terms.weight, terms.bias), terms.target)[1]
 
 
 def outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W xᵀ + b. (With few classes W xᵀ runs faster than x Wᵀ, and rows lie side by side.)"""
+    """W xᵀ + b; with few classes W xᵀ runs faster than x Wᵀ, and rows lie side by side."""
     if bias is None:
         return weight @ x.mT
     return torch.addmm(bias.unsqueeze(1), weight, x.mT)
@@ -204,7 +202,7 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
     to_x, to_weight, to_bias, to_target, to_omega, to_seed = wanted
     crossed = (dx is not None and to_weight) or (dW is not None and to_x)
     W = b = None
-    X, T, O, S = [], [], [], []
+    X, T, omega, S = [], [], [], []
     for at, part, s in _chunks(terms, seed):
         state, t = _known(part), part.target
         dx_ = None if dx is None else dx[at]
@@ -229,12 +227,12 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
         if to_target:
             T.append(_target(part, state, a, sκ, u, dt_, dω_))
         if to_omega:
-            O.append(_each(sκ * m))
+            omega.append(_each(sκ * m))
         if to_seed:
             S.append(_seed(part, m, dω_))
     S = [part.sum() for part in S] if seed.dim() == 0 else S
     to_s = torch.stack(S).sum() if S and seed.dim() == 0 else _joined(S, -1)
-    return _joined(X, 0), W, b, _joined(T, -1), _joined(O, -1), to_s
+    return _joined(X, 0), W, b, _joined(T, -1), _joined(omega, -1), to_s
 
 
 def _along(

@@ -49,7 +49,6 @@ class _Indices(Link):
 class _Probabilities(Link):
     """Targets are probabilities of the classes, (c, n); the state is log p."""
 
-
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logp = torch.log_softmax(z, 0)
         return -(t * logp).sum(0), logp
@@ -138,7 +137,5 @@ def linear_cross_entropy(
             )
         link, valid = _Indices(label_smoothing), target != ignore_index
         target = target.masked_fill(~valid, 0)
-    result = loss_of(
-        link, x, weight, bias, target, example_weights, valid, reduction
-    )
+    result = loss_of(link, x, weight, bias, target, example_weights, valid, reduction)
     return result.squeeze(0) if single and reduction == "none" else result

@@ -1,13 +1,12 @@
 """Logistic loss of linear outputs, in the numerically stable form.
 
-    ℓ = max(z, 0) − z t + log(1 + e^{−|z|}),    r = σ(z) − t,    ℓ_zz u = σ(1 − σ) u
+ℓ = max(z, 0) − z t + log(1 + e^{−|z|}),    r = σ(z) − t,    ℓ_zz u = σ(1 − σ) u
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -11,8 +11,8 @@ from torch import Tensor
 class Link(abc.ABC):
     """The formulas of one loss ℓ(z, t); arrays are class-major, (c, n).
 
-    ℓ is one number per example, (n,), or, ``elementwise``, one per output, (c, n). *State*: what the other formulas
-    need of z, (c, n). Only losses with real targets have the last four.
+    ℓ is one number per example, (n,), or, ``elementwise``, one per output, (c, n). *State*: what
+    the other formulas need of z, (c, n). Only losses with real targets have the last four.
     """
 
     elementwise = False
@@ -23,7 +23,7 @@ class Link(abc.ABC):
 
     @abc.abstractmethod
     def residual(self, state: Tensor, t: Tensor) -> Tensor:
-        """r = ∂_z ℓ."""
+        """The residual r = ∂_z ℓ."""
 
     @abc.abstractmethod
     def along(self, state: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

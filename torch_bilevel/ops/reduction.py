@@ -1,11 +1,14 @@
-"""What the operations have in common before and after: checks of arguments, the sum over examples."""
+"""What the operations have in common: checks of arguments, and the sum over examples."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import InvalidLoss
+from .cut import cutting, model_output
+from .formulas import times
 from .linear_loss import linear_loss
 from .link import Link
 
@@ -98,9 +101,14 @@ def loss_of(
         else:
             share = share / share.sum()
     summed = reduction != "none"
-    losses = linear_loss(
-        link, x, weight, bias, target, example_weights, share, summed
-    )
+    if cutting():  # the model ends at the outputs: its loss is a function of its own
+        z = model_output(F.linear(x.to(dtype), weight.to(dtype), bias))
+        losses = times(times(link.value(z.mT, target)[0], share), example_weights)
+        losses = losses.sum() if summed else losses
+    else:
+        losses = linear_loss(
+            link, x, weight, bias, target, example_weights, share, summed
+        )
     return losses.mT if losses.dim() == 2 else losses
 
 

@@ -24,14 +24,14 @@ from ..errors import (
 )
 from ..estimators import Estimate, Estimator, EstimatorMemory, Situation
 from ..inner import StepRecord, verify
-from ..problem import BilevelProblem, ModuleSet, WeightedCall, autocast
+from ..problem import BilevelProblem, WeightedCall, autocast
 from ..second_order import uncompiled_method
 from . import estimation
 from .constraining import Constraints
 from .control import Control
 from .delegation import DelegatingOptimizer
 from .hooks import take_over, weak
-from .levels import build, check_levels, check_options, fits
+from .levels import build, check_levels, check_options, fits, known_modules
 from .losses import outer_calls
 from .recorder import Recorder
 from .registry import LossRegistry
@@ -56,6 +56,8 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         outer: the optimizer of the outer variables x.
         modules: modules used in the losses; others are found at the first call.
         estimator: a name (``"cg"``, ``"unrolled(window=50)"``), an `Estimator`, or a solver.
+        products: how implicit and stochastic estimators compute products with H and J: a name
+            (``"double_backward"``, ``"traced(compile=True)"``, ...; see `products`) or an engine.
         inner_steps: take an outer step after so many inner steps; None never does by itself.
         warm_start: False puts the inner parameters, at the first inner loss after an outer step,
             back where they were at the first one of all, without optimizer state and adjoint;
@@ -111,6 +113,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         modules: nn.Module | Iterable[nn.Module] = (),
         estimator: Any = "cg",
         inner_steps: int | None = None,
+        products: Any = "double_backward",
         warm_start: bool = True,
         proximal_term: float | None = None,
         constraints: Any = None,
@@ -147,10 +150,8 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self.outer_steps = 0
         self.inner_losses = {}
         self.outer_losses = {}
-        given = (modules,) if isinstance(modules, nn.Module) else tuple(modules or ())
-        if not all(isinstance(module, nn.Module) for module in given):
-            raise TypeError(f"modules={modules!r}: pass a module or several.")
-        self._modules = ModuleSet(given)
+        self._modules = known_modules(modules)
+        self.products = products
         self._estimator = estimators.parse(estimator)
         self._estimator.check(self.inners)
         self._estimator.check_outer(outer)
@@ -303,7 +304,6 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self.last_report = report
         if own:
             self._step_report = report
-        if own:
             self._found[names] = estimate
         return parts
 
@@ -316,6 +316,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
             recorder.loop,
             memory,
             self._sampler,
+            products=self._products,
         )
 
     def _before_inner_step(self, step: StepRecord) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .. import estimators
+from .. import estimators, products
 from ..errors import BilevelError
 from ..estimators import Estimate, Estimator, EstimatorMemory
 from ..inner import fresh_state
+from ..products import Products
 from . import state
 from .explain import explain
 from .hooks import users_frame, weak
@@ -34,6 +35,7 @@ class Control:
     _recorder: Recorder
     _outer_hooks: OrderedDict[int, Callable[..., Any]]
     _estimator: Estimator
+    _products: Products
     _memories: dict[tuple[str, ...], EstimatorMemory]
     _found: dict[tuple[str, ...], Estimate]
     _stood: Tensor | None = None
@@ -67,6 +69,15 @@ class Control:
         window = chosen.new_window(self.max_record_bytes)
         window.adopt(self._recorder.window)
         self._recorder.window = window
+
+    @property
+    def products(self) -> Products:
+        """The engine of products; assign a name or an object to change it at run time."""
+        return self._products
+
+    @products.setter
+    def products(self, value: Any) -> None:
+        self._products = products.parse(value)
 
     def _remember_outer(self) -> None:
         """Note where the outer variables stand, for estimators that move them on."""

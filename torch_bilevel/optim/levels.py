@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import BilevelError, UnsupportedParameter
@@ -60,6 +60,18 @@ def names(modules: ModuleSet, role: str, tensors: Sequence[Tensor]) -> list[str]
             if len(found.get(id(parameter), "")) < len(name):
                 found[id(parameter)] = name
     return [found.get(id(p), f"{role}[{i}]") for i, p in enumerate(tensors)]
+
+
+def known_modules(given: Any) -> ModuleSet:
+    """The modules that a user names: one or several.
+
+    Raises:
+        TypeError: something is not a module.
+    """
+    several = (given,) if isinstance(given, nn.Module) else tuple(given or ())
+    if not all(isinstance(module, nn.Module) for module in several):
+        raise TypeError(f"modules={given!r}: pass a module or several.")
+    return ModuleSet(several)
 
 
 def check_options(unused: str, **numbers: int | None) -> None:

@@ -12,10 +12,12 @@ from .data import DataSource as DataSource
 from .kept import keep as keep
 from .linearization import Linearization as Linearization
 from .modules import ModuleSet as ModuleSet
+from .once import raise_if_no_second_derivative as raise_if_no_second_derivative
+from .point import Point as Point
 from .problem import BilevelProblem as BilevelProblem
 from .problem import OuterGradients as OuterGradients
 from .problem import evaluations as evaluations
-from .problem import raise_if_no_second_derivative as raise_if_no_second_derivative
+from .problem import like as like
 from .randomness import Randomness as Randomness
 from .randomness import preserved as preserved
 from .sampling import Sample as Sample

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from .._vector import Layout
-from ..errors import StalePoint
+from .point import Point
 from .variables import gradients
 
 if TYPE_CHECKING:
     from .problem import BilevelProblem
 
 
-class Linearization:
-    """Products with H and J at the point where it was made.
+class Linearization(Point):
+    """Products with H and J by differentiating a kept graph of ∇_y g.
 
     Args:
         problem: the problem, for layouts and the point.
@@ -44,13 +44,10 @@ class Linearization:
         reusable: bool = False,
         symmetric: bool = True,
     ):
-        self.problem = problem
+        super().__init__(problem, symmetric)
         self.parts = list(parts)
         self.outer_parts = list(outer_parts)
         self.reusable = reusable
-        self.symmetric = symmetric
-        self.reached = [False] * len(problem.outer.tensors)
-        self._token = self._now()
         self._live = [
             index
             for index, part in enumerate(self.parts)
@@ -64,27 +61,15 @@ class Linearization:
             [None if part is None else part.detach() for part in self.parts]
         )
 
-    def hvp(self, v: Tensor) -> Tensor:
-        """H v, flat, of the inner layout."""
-        return self._product(v, inner=True, outer=False)[0]
-
-    def cross(self, v: Tensor) -> Tensor:
-        """J v = ∂_x⟨∇_y g, v⟩, flat, of the outer layout."""
-        return self._product(v, inner=False, outer=True)[1]
-
-    def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(H v, J v) from one backward pass, flat."""
-        return self._product(v, inner=True, outer=True)
-
     def transpose(self, u: Tensor) -> Tensor:
-        """Hᵀ u, flat, of the inner layout; two passes where H ≠ Hᵀ."""
+        """See `Point.transpose`; two passes where H ≠ Hᵀ."""
         if self.symmetric:
             return self.hvp(u)
         problem = self.problem
         return self._transposed(u, problem.inner.layout, problem.inner.tensors)
 
     def cross_transpose(self, u: Tensor) -> Tensor:
-        """Jᵀ u for u of the outer layout, flat, of the inner layout; two passes."""
+        """See `Point.cross_transpose`; two passes."""
         problem = self.problem
         return self._transposed(u, problem.outer.layout, problem.direct)
 
@@ -92,8 +77,7 @@ class Linearization:
         self, u: Tensor, layout: Layout, variables: Sequence[Tensor | None]
     ) -> Tensor:
         """∂_w⟨∂⟨G, w⟩, u⟩, the inner derivative with respect to some variables."""
-        self._check()
-        self.problem.num_products += 1
+        self.begin()
         inner = self.problem.inner.layout
         live = [part for part in self.parts if part is not None and part.requires_grad]
         if not live:
@@ -121,6 +105,7 @@ class Linearization:
 
         It is the last product: the graph is freed as the pass goes, unless it is ``reusable``.
         """
+        self.begin()
         last = not self.reusable
         to_inner, to_outer = self._parts(v, inner=True, outer=True, last=last)
         self.problem.inner.layout.add(inner, to_inner)
@@ -138,8 +123,7 @@ class Linearization:
             v: flat, of the inner layout.
             e: flat, of the outer layout.
         """
-        self._check()
-        self.problem.num_products += 1
+        self.begin()
         layouts = self.problem.inner.layout, self.problem.outer.layout
         weights = [*layouts[0].split(v), *layouts[1].split(e)]
         pairs = [
@@ -159,17 +143,8 @@ class Linearization:
         )
         return layouts[0].flatten(found)
 
-    def _now(self) -> tuple:
-        return self.problem.inner.token(), self.problem.outer.token()
-
-    def _check(self) -> None:
-        if self._now() != self._token:
-            raise StalePoint(
-                "This linearisation belongs to another point: the inner or outer parameters "
-                "moved since problem.linearize(...). Linearise again at the present point."
-            )
-
-    def _product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+    def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+        """See `Point.product`."""
         to_inner, to_outer = self._parts(v, inner, outer)
         problem = self.problem
         return (
@@ -180,9 +155,7 @@ class Linearization:
     def _parts(
         self, v: Tensor, inner: bool, outer: bool, last: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        self._check()
         problem = self.problem
-        problem.num_products += 1
         to_inner: list[Tensor | None] = [None] * len(problem.inner.tensors)
         to_outer: list[Tensor | None] = [None] * len(problem.outer.tensors)
         if self._live:

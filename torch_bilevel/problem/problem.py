@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Disconnected, NonSymmetricSystem, NoSecondDerivative
+from ..errors import Disconnected, NonSymmetricSystem
 from ..second_order import second_order
 from .calls import (
     AutocastState,
@@ -30,6 +30,7 @@ from .calls import (
 )
 from .linearization import Linearization
 from .modules import ModuleSet
+from .once import raise_if_no_second_derivative, refuse_once_differentiable
 from .randomness import preserved
 from .variables import Variables, gradients
 
@@ -67,7 +68,9 @@ class BilevelProblem:
         self.outer = outer
         self.modules = modules
         self.num_products = 0
+        self.recorded: dict[Any, Any] = {}  # what engines keep from point to point
         self._watched: set[int] = set()
+        self._twice: set[int] = set()  # functions known to be twice differentiable
         self.walked: set[int] = set()  # functions whose graph was looked through
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
@@ -134,7 +137,10 @@ class BilevelProblem:
             )
             if not once:
                 stack.enter_context(
-                    second_order(self.modules.recurrent, self.modules.weight_norm)
+                    second_order(  # at first, modules may be met that are not known yet
+                        self.modules.recurrent or watch,
+                        self.modules.weight_norm or watch,
+                    )
                 )
             stack.enter_context(torch.enable_grad())
             wanted = [(tensor, True) for tensor in self.constants]
@@ -145,7 +151,11 @@ class BilevelProblem:
                     tensor.requires_grad_(flag)
             if call.randomness is not None:
                 call.randomness.restore()
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                raise_if_no_second_derivative(error)
+                raise
         self._watched.add(id(call.function))
 
     def _again(self, call: Call) -> Any:
@@ -183,6 +193,10 @@ class BilevelProblem:
             )
         return result
 
+    def value(self, call: Call) -> Tensor:
+        """The loss of a call at the present point; inside `evaluating`."""
+        return scalar(self._again(call), call.name)
+
     def inner_gradients(
         self,
         calls: Sequence[WeightedCall],
@@ -218,6 +232,9 @@ class BilevelProblem:
                         wanted,
                         create_graph=create_graph,
                     )
+                    if create_graph and id(call.function) not in self._twice:
+                        refuse_once_differentiable(parts, loss, call.name)
+                        self._twice.add(id(call.function))
             if all(part is None for part in parts[: len(self.inner.tensors)]):
                 raise Disconnected(
                     f"The inner loss {call.name!r} does not depend on any inner parameter "
@@ -359,29 +376,3 @@ def like(weight: Any, loss: Tensor) -> Tensor:
 def _few(variables: Variables) -> str:
     names = variables.layout.names
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-
-
-_NO_SECOND = (
-    "does not currently support double backward",
-    "derivative for",
-    "is not implemented",
-    "not differentiable twice",
-    "marked with @once_differentiable",
-    "trying to differentiate twice",
-)
-
-
-def raise_if_no_second_derivative(error: RuntimeError) -> None:
-    """Rewrite PyTorch's message about a missing second derivative.
-
-    Raises:
-        NoSecondDerivative: if that is what ``error`` is about.
-    """
-    text = str(error)
-    if any(part in text for part in _NO_SECOND):
-        raise NoSecondDerivative(
-            f"An operation of the model has no second derivative in PyTorch: {text.strip()}\n"
-            "Replace the operation (nn.EmbeddingBag: nn.Embedding and a mean; cdist: the "
-            "expanded square; a custom autograd.Function: write its backward with "
-            "differentiable operations; torch.utils.checkpoint: pass use_reentrant=False)."
-        ) from error

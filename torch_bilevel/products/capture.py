@@ -1,0 +1,87 @@
+"""What can go wrong when a program is recorded, and its replay as a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureFailed
+
+
+def failed(name: str, error: Exception) -> CaptureFailed:
+    """The error with the line of the user's program where recording stopped."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = ("/torch/", "/torch_bilevel/", "<eval_with_key>", "importlib")
+    users = [f for f in frames if not any(part in f.filename for part in own)]
+    where = ""
+    if users:
+        last = users[-1]
+        where = f" at {last.filename}:{last.lineno}: {last.line!r}"
+    why = str(error).strip().splitlines() or [type(error).__name__]
+    return CaptureFailed(
+        f"{name!r} could not be recorded for products='traced'{where}. {why[0]} Control flow that "
+        "depends on the values of tensors (if, while, .item(), bool(tensor)) cannot be recorded: "
+        "write it with torch.where, or use products='double_backward'."
+    )
+
+
+def supported(asked: bool | None, v: Tensor) -> bool:
+    """Whether products are replayed as a CUDA graph.
+
+    Raises:
+        CaptureFailed: it was asked for and there is no CUDA device.
+    """
+    if v.device.type == "cuda":
+        return asked is not False
+    if asked:
+        raise CaptureFailed(
+            f"cuda_graph=True and the inner parameters are on {v.device}: CUDA graphs need a CUDA "
+            "device. Leave the option out."
+        )
+    return False
+
+
+@contextlib.contextmanager
+def uncompiled_functions() -> Iterator[None]:
+    """Compiled functions are recorded as the Python they were compiled from."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # type: ignore[attr-defined]
+        yield
+
+
+class CapturedProduct:
+    """v ↦ run(v, *values), replayed: one launch from the host for all of its kernels.
+
+    Args:
+        run: the product.
+        v: an example.
+        values: of the point; they stay where they are.
+    """
+
+    def __init__(self, run: Callable[..., Any], v: Tensor, values: Sequence[Tensor]):
+        self.v = v.clone()
+        stream = torch.cuda.Stream(v.device)
+        stream.wait_stream(torch.cuda.current_stream(v.device))
+        with torch.cuda.stream(stream):  # libraries choose their workspaces outside
+            run(self.v, *values)
+        torch.cuda.current_stream(v.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.results = run(self.v, *values)
+        except RuntimeError as error:
+            raise failed("the product", error) from error
+
+    def __call__(self, v: Tensor) -> tuple[Tensor, ...]:
+        """The product; its results are copies."""
+        self.v.copy_(v)
+        self.graph.replay()
+        return tuple(result.clone() for result in self.results)

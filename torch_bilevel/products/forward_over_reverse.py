@@ -1,0 +1,128 @@
+"""Forward over reverse: the tangent, along v, of one backward pass.
+
+    H v = d/dε ∇_y g(x, y + εv),      J v = d/dε ∇_x g(x, y + εv)       at ε = 0
+
+The textbook's choice and, in eager PyTorch, two to ten times slower than double backward on a kept
+graph and with more memory; several losses have no forward derivative of their backward. For
+comparison, and for a single product per point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import NonSymmetricSystem, NoSecondDerivative
+from ..problem import BilevelProblem, WeightedCall
+from .base import Products, Substitute, disagreement
+
+
+@dataclass(frozen=True)
+class ForwardOverReverse(Products):
+    """The tangent of a backward pass.
+
+    Needs: operations whose backward has a forward derivative; fewer than have a second derivative.
+    Costs: forward and backward anew in every product, with tangents. The first product of every
+    loss is checked against double backward.
+
+    Example:
+        >>> import torch_bilevel as tb
+        >>> str(tb.ForwardOverReverse())
+        'forward_over_reverse'
+    """
+
+    name: ClassVar[str] = "forward_over_reverse"
+    words: ClassVar[str] = (
+        "forward over reverse, evaluated anew in every product (slow)"
+    )
+
+    def linearize(
+        self, problem: BilevelProblem, calls: Sequence[WeightedCall]
+    ) -> TangentPoint:
+        """See `Products.linearize`.
+
+        Raises:
+            NonSymmetricSystem: the inner problem is the fixed point of a map.
+            NoSecondDerivative: the products are not those of double backward.
+        """
+        if any(call.is_map for call, _ in calls):
+            raise NonSymmetricSystem(
+                "The inner problem is the fixed point of a map, whose products need its "
+                "transpose: use products='double_backward'."
+            )
+        point = TangentPoint(problem, calls)
+        for call, _ in calls:
+            key = self, call.function
+            if key in problem.recorded:
+                continue
+            wrong = disagreement(
+                problem, TangentPoint(problem, [(call, 1.0)]), [(call, 1.0)]
+            )
+            if wrong is not None:
+                raise NoSecondDerivative(
+                    f"products='forward_over_reverse' gives {wrong}, in {call.name!r}: PyTorch's "
+                    "forward derivative of the backward of one of its operations is wrong "
+                    "(torch.linalg.solve and det, in torch 2.13). The way round: "
+                    "products='double_backward'."
+                )
+            problem.recorded[key] = True
+        return point
+
+
+class TangentPoint(Substitute):
+    """Products as tangents of gradients."""
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """See `Point.gradient`."""
+        return self.problem.inner.layout.flatten(
+            self.problem.inner_gradients(self.calls)
+        )
+
+    def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+        """See `Point.product`.
+
+        Raises:
+            NoSecondDerivative: an operation has no forward derivative of its backward.
+        """
+        problem = self.problem
+        with forward_ad.dual_level():
+            with self._moving(v), torch.autograd.set_grad_enabled(True):
+                found = problem.inner_gradients(self.calls, outer=outer)
+                tangents = [
+                    None if part is None else forward_ad.unpack_dual(part).tangent
+                    for part in found
+                ]
+        count = len(problem.inner.tensors)
+        H, J = tangents[:count], tangents[count:]
+        if outer:
+            self.reached = [
+                a or part is not None
+                for a, part in zip(self.reached, found[count:], strict=True)
+            ]
+        nothing = v.new_empty(0)
+        return (
+            problem.inner.layout.flatten(H) if inner else nothing,
+            problem.outer.layout.flatten(J) if outer else nothing,
+        )
+
+    @contextlib.contextmanager
+    def _moving(self, v: Tensor) -> Iterator[None]:
+        """The live parameters carry the tangent v; values, versions and graphs stay."""
+        problem = self.problem
+        with contextlib.ExitStack() as stack:
+            parts = problem.inner.layout.split(v)
+            for tensor, part in zip(problem.inner.tensors, parts, strict=True):
+                stack.enter_context(
+                    torch.autograd._unsafe_preserve_version_counter(tensor)
+                )
+                with torch.no_grad():
+                    tensor.copy_(forward_ad.make_dual(tensor.detach().clone(), part))
+            yield

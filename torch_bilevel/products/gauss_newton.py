@@ -1,0 +1,302 @@
+"""Gauss–Newton products: the model linearised, the curvature of its loss kept.
+
+With outputs z(x, y) and g = ℓ(z, x, y), the generalised Gauss–Newton matrix is the Hessian without
+the curvature of the model (Schraudolph 2002),
+
+    B = [Z; I]ᵀ ∇²ℓ [Z; I],    Z = ∂z/∂y,        H = B + Σ_k ∂_{z_k}ℓ ∇²_yy z_k
+
+positive semi-definite where ℓ is convex in (z, y), so that CG meets no negative curvature, and
+equal to H where the model is linear in y. J is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..errors import Disconnected, InvalidLoss, NonSymmetricSystem
+from ..ops import cut_by, model_output
+from ..problem import BilevelProblem, Call, WeightedCall, like, scalar
+from .base import Products, Substitute
+
+CONVEX = (
+    F.cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.mse_loss,
+    F.huber_loss,
+    F.smooth_l1_loss,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+)
+"""Losses that are convex in their first argument, the outputs."""
+
+
+@dataclass(frozen=True)
+class GaussNewton(Products):
+    """Products with the Gauss–Newton matrix instead of H, and with the exact J.
+
+    Needs: outputs that are known: a loss of ``torch.nn.functional`` (cross_entropy, mse_loss, ...),
+    an operation of `torch_bilevel.ops`, or `model_output` around them. Costs: about 4/3 of a
+    gradient a product for dense layers. Approximate unless the model is linear in its parameters.
+
+    Example:
+        >>> import torch_bilevel as tb
+        >>> str(tb.GaussNewton())
+        'gauss_newton'
+    """
+
+    name: ClassVar[str] = "gauss_newton"
+    note: ClassVar[str | None] = "Gauss–Newton matrix instead of H"
+    words: ClassVar[str] = (
+        "Gauss–Newton: the model linearised, the loss curved; J exact"
+    )
+
+    def linearize(
+        self, problem: BilevelProblem, calls: Sequence[WeightedCall]
+    ) -> GaussNewtonPoint:
+        """See `Products.linearize`.
+
+        Raises:
+            InvalidLoss: no model outputs are known.
+            NonSymmetricSystem: the inner problem is the fixed point of a map.
+        """
+        if any(call.is_map for call, _ in calls):
+            raise NonSymmetricSystem(
+                "The inner problem is the fixed point of a map, which has no Gauss–Newton matrix: "
+                "use products='double_backward'."
+            )
+        return GaussNewtonPoint(problem, calls)
+
+
+class _Cutting(TorchFunctionMode):
+    """Marks the first argument of losses that are convex in it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in CONVEX:
+            if args:
+                args = (model_output(args[0]), *args[1:])
+            else:
+                kwargs["input"] = model_output(kwargs["input"])
+        return func(*args, **kwargs)
+
+
+class _Piece:
+    """One call: its model and its loss, as two graphs.
+
+    Attributes:
+        outputs: z, with the graph of the model.
+        leaves: z', the same values, where the graph of the loss begins.
+        seeds: u = ∂_z ℓ, leaves of the graph of Zᵀu.
+        to_outputs: ∂_z ℓ with graph.
+        direct: ∂_y ℓ at fixed z, with graph, None where not reached.
+        pulled: Zᵀu with graph, None where not reached.
+    """
+
+    def __init__(self, problem: BilevelProblem, call: Call, weight: Any):
+        self.problem = problem
+        self.outputs: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        with problem.evaluating(call):
+            with cut_by(self._cut), _Cutting():
+                loss = scalar(problem.run(call), call.name)
+            if not self.outputs:
+                raise InvalidLoss(
+                    f"products='gauss_newton' needs to know the outputs of the model, and "
+                    f"{call.name!r} calls none of the losses that mark them "
+                    f"({', '.join(f.__name__ for f in CONVEX)}). Mark them yourself: "
+                    "z = tb.model_output(model(x))."
+                )
+            inner = problem.inner.tensors
+            found = _gradients(
+                [loss], [like(weight, loss)], [*self.leaves, *inner], create_graph=True
+            )
+            count = len(self.leaves)
+            self.to_outputs = [
+                torch.zeros_like(leaf) if part is None else part
+                for leaf, part in zip(self.leaves, found[:count], strict=True)
+            ]
+            self.direct = found[count:]
+            self.seeds = [part.detach().requires_grad_() for part in self.to_outputs]
+            self.pulled = _gradients(self.outputs, self.seeds, inner, create_graph=True)
+        parts = zip(self.direct, self.pulled, strict=True)
+        if all(a is None and b is None for a, b in parts):
+            raise Disconnected(
+                f"The inner loss {call.name!r} does not depend on any inner parameter."
+            )
+
+    def _cut(self, z: Tensor) -> Tensor:
+        """The end of the model's graph, and the beginning of the loss's."""
+        if not z.requires_grad or any(z is leaf for leaf in self.leaves):
+            return z
+        known = self.leaves
+        if known and any(
+            part is not None for part in _gradients([z], [torch.ones_like(z)], known)
+        ):
+            raise InvalidLoss(
+                "products='gauss_newton': one output of the model is computed from another that "
+                "was marked before. Mark only the last ones with tb.model_output."
+            )
+        leaf = z.detach().requires_grad_()
+        self.outputs.append(z)
+        self.leaves.append(leaf)
+        return leaf
+
+    def product(
+        self, v: Sequence[Tensor], outer: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """(B v, J v), given and found tensor by tensor."""
+        inner = self.problem.inner.tensors
+        reach = [t for t in outer if t is not None]
+        m, p = len(self.leaves), len(inner)
+        # w = Z v, and ∂_x⟨Zᵀu, v⟩
+        found = _gradients(self.pulled, v, [*self.seeds, *reach])
+        w, C1 = found[:m], found[m:]
+        # ∂_(z, y, x)(⟨∂_z ℓ, w⟩ + ⟨∂_y ℓ, v⟩)
+        found = _gradients(
+            [*self.to_outputs, *self.direct], [*w, *v], [*self.leaves, *inner, *reach]
+        )
+        t, direct, C2 = found[:m], found[m : m + p], found[m + p :]
+        # (∂z/∂(y, x))ᵀ t
+        found = _gradients(self.outputs, t, [*inner, *reach])
+        H = [_sum(a, b) for a, b in zip(direct, found[:p], strict=True)]
+        J = iter(_sum(_sum(a, b), c) for a, b, c in zip(C1, C2, found[p:], strict=True))
+        return H, [None if tensor is None else next(J) for tensor in outer]
+
+
+class GaussNewtonPoint(Substitute):
+    """Products with the Gauss–Newton matrix."""
+
+    def __init__(self, problem: BilevelProblem, calls: Sequence[WeightedCall]):
+        super().__init__(problem, calls)
+        self.pieces = [_Piece(problem, call, weight) for call, weight in calls]
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """See `Point.gradient`."""
+        total: list[Tensor | None] = [None] * len(self.problem.inner.tensors)
+        for piece in self.pieces:
+            for parts in (piece.direct, piece.pulled):
+                detached = [None if p is None else p.detach() for p in parts]
+                total = [_sum(a, b) for a, b in zip(total, detached, strict=True)]
+        return self.problem.inner.layout.flatten(total)
+
+    def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+        """See `Point.product`."""
+        problem = self.problem
+        H: list[Tensor | None] = [None] * len(problem.inner.tensors)
+        J: list[Tensor | None] = [None] * len(problem.outer.tensors)
+        direct = problem.direct if outer else [None] * len(J)
+        for piece in self.pieces:
+            Hv, Jv = piece.product(problem.inner.layout.split(v), direct)
+            H = [_sum(a, b) for a, b in zip(H, Hv, strict=True)]
+            J = [_sum(a, b) for a, b in zip(J, Jv, strict=True)]
+        if outer:
+            self.reached = [
+                a or part is not None for a, part in zip(self.reached, J, strict=True)
+            ]
+        nothing = v.new_empty(0)
+        return (
+            problem.inner.layout.flatten(H) if inner else nothing,
+            problem.outer.layout.flatten(J) if outer else nothing,
+        )
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(Z, D, λ) with B = Zᵀ D Z + diag(λ), Z of shape (outputs, parameters).
+
+        Raises:
+            InvalidLoss: the curvature outside the outputs is not diagonal.
+        """
+        layout = self.problem.inner.layout
+        inner = self.problem.inner.tensors
+        blocks, curvatures = [], []
+        for piece in self.pieces:
+            m = sum(leaf.numel() for leaf in piece.leaves)
+            rows = [
+                part.reshape(m, *leaf.shape)
+                for part, leaf in zip(
+                    torch.eye(m, dtype=layout.dtype, device=layout.device).split(
+                        [leaf.numel() for leaf in piece.leaves], 1
+                    ),
+                    piece.leaves,
+                    strict=True,
+                )
+            ]
+            rows = [r.to(leaf) for r, leaf in zip(rows, piece.leaves, strict=True)]
+            Z = _gradients(piece.outputs, rows, inner, is_grads_batched=True)
+            D = _gradients(piece.to_outputs, rows, piece.leaves, is_grads_batched=True)
+            blocks.append(_matrix(Z, inner, m, layout.dtype))
+            curvatures.append(_matrix(D, piece.leaves, m, layout.dtype))
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(layout.numel, generator=generator).to(
+            layout.device, layout.dtype
+        )
+        Z, D = torch.cat(blocks), torch.block_diag(*curvatures)
+        ones = torch.ones_like(probe)
+
+        def rest(v: Tensor) -> Tensor:
+            return self.product(v, True, False)[0] - Z.T @ (D @ (Z @ v))
+
+        diagonal = rest(ones)
+        scale = torch.linalg.vector_norm(self.product(probe, True, False)[0])
+        error = torch.linalg.vector_norm(rest(probe) - diagonal * probe)
+        tolerance = torch.finfo(layout.dtype).eps ** 0.5
+        if bool(error > tolerance * scale):
+            raise InvalidLoss(
+                "The inner loss has curvature in the parameters besides that of its outputs, which "
+                "is not diagonal (an off-diagonal penalty, or one that multiplies the outputs). A "
+                "solve in the space of the outputs does not know it; use 'cg'."
+            )
+        return Z, D, diagonal
+
+
+def _matrix(
+    parts: Sequence[Tensor | None], likes: Sequence[Tensor], rows: int, dtype: Any
+) -> Tensor:
+    flat = [
+        torch.zeros(rows, like_.numel(), dtype=dtype, device=like_.device)
+        if part is None
+        else part.reshape(rows, -1).to(dtype)
+        for part, like_ in zip(parts, likes, strict=True)
+    ]
+    return torch.cat(flat, 1)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _gradients(
+    outputs: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    wanted: Sequence[Tensor],
+    **options: bool,
+) -> list[Tensor | None]:
+    """``autograd.grad`` of those outputs that have a graph; the graph stays."""
+    pairs = [
+        (output, weight)
+        for output, weight in zip(outputs, weights, strict=True)
+        if output is not None and weight is not None and output.requires_grad
+    ]
+    live = [tensor for tensor in wanted if tensor.requires_grad]
+    if not pairs or not live:
+        return [None] * len(wanted)
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        live,
+        [weight for _, weight in pairs],
+        retain_graph=True,
+        allow_unused=True,
+        **options,
+    )
+    reached = dict(zip(map(id, live), found, strict=True))
+    return [reached.get(id(tensor)) for tensor in wanted]

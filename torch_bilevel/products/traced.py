@@ -1,0 +1,308 @@
+"""Traced products: one recorded program of plain operations for all points of the same shapes.
+
+The double backward of a loss is recorded as a graph (``make_fx``); what does not depend on v runs
+once per point, the rest once per product, without autograd's graph walk. With ``compile=True``
+inductor fuses the rest; a compiled model itself has no double backward (AOTAutograd has none).
+
+*Others*: tensors the loss reads besides its arguments: the live parameters, buffers, data sets.
+They are inputs of the recorded program and are read anew at every point; whatever else the loss
+reads (numbers, rebound names) is part of the recording. So the loss itself is evaluated once at
+every point, and recorded again if the program gives another value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureFailed
+from ..problem import BilevelProblem, Call, WeightedCall, gradients, like, scalar
+from .base import Products, Substitute, disagreement, tolerance
+from .capture import CapturedProduct, failed, supported, uncompiled_functions
+from .trace import product, record, split
+
+ROUNDING = {
+    torch.float64: 1e-9
+}  # agreement asked for, relative; 1e-4 in other precisions
+
+
+@dataclass(frozen=True)
+class Traced(Products):
+    """Products from a recorded program, optionally compiled.
+
+    Needs: a loss without control flow that depends on values of tensors, whose batches are tensors
+    (in containers, if you like) of few different shapes: each shape is recorded anew. Costs: 0.1 to
+    3 s to record, with ``compile=True`` 5 to 60 s once; then an evaluation of the loss and a
+    forward and backward pass per point, and a product without Python's and autograd's overhead.
+    The first product of a recording is checked against double backward.
+
+    Args:
+        compile: fuse the product with inductor.
+        cuda_graph: replay the product as a CUDA graph; None does so on CUDA.
+
+    Example:
+        >>> import torch_bilevel as tb
+        >>> str(tb.Traced(compile=True))
+        'traced(compile=True)'
+    """
+
+    compile: bool = False
+    cuda_graph: bool | None = None
+
+    name: ClassVar[str] = "traced"
+    words: ClassVar[str] = (
+        "a recorded program: what does not depend on v once per point, the rest per product"
+    )
+
+    def linearize(
+        self, problem: BilevelProblem, calls: Sequence[WeightedCall]
+    ) -> TracedPoint:
+        """See `Products.linearize`.
+
+        Raises:
+            CaptureFailed: the loss cannot be recorded, or its recording disagrees.
+        """
+        parts = []
+        for call, weight in calls:
+            key = (self, *_key(problem, call))
+            known = problem.recorded.get(key)
+            values = None if known is None else known.at(call)
+            if values is None:
+                known = Recording(problem, call, self)
+                problem.recorded[key] = known
+                values = known.at(call)
+                if values is None:
+                    raise CaptureFailed(
+                        f"The recorded program of {call.name!r} gives another loss than the "
+                        "function itself, right after it was recorded. Does it draw from a "
+                        "generator of its own? Use products='double_backward'."
+                    )
+                here = [(call, 1.0)]
+                point = TracedPoint(problem, here, [(known, values, 1.0)])
+                wrong = disagreement(problem, point, here)
+                if wrong is not None:
+                    del problem.recorded[key]
+                    raise CaptureFailed(
+                        f"The recorded program of {call.name!r} gives {wrong}. Use "
+                        "products='double_backward'."
+                    )
+            assert known is not None
+            parts.append((known, values, weight))
+        return TracedPoint(problem, calls, parts)
+
+
+def _flatten(problem: BilevelProblem, call: Call) -> tuple[list[Tensor], list, Any]:
+    """Tensor arguments that are data, all leaves with a mark in their place, the structure."""
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    tensors, rest = [], []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in problem.live:
+            tensors.append(leaf)
+            rest.append(_DATA)
+        elif isinstance(leaf, Tensor) or leaf is None or isinstance(leaf, _PLAIN):
+            rest.append(leaf)
+        else:
+            raise CaptureFailed(
+                f"{call.name!r} was called with a {type(leaf).__name__}, which cannot be looked "
+                "into. Pass its tensors, in tuples, lists or dicts, or use "
+                "products='double_backward'."
+            )
+    return tensors, rest, spec
+
+
+_DATA = object()  # stands where a tensor is to be put
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+
+
+def _key(problem: BilevelProblem, call: Call) -> tuple:
+    tensors, rest, spec = _flatten(problem, call)
+    metadata = tuple(
+        (t.shape, t.dtype, t.device, t.stride(), t.requires_grad) for t in tensors
+    )
+    plain = tuple(
+        id(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in rest
+    )
+    flags = problem.modules.flags() if call.flags is None else call.flags
+    return (
+        call.function,
+        metadata,
+        plain,
+        str(spec),
+        str(flags),
+        str(call.autocast),
+        frozenset(call.frozen),
+    )
+
+
+@dataclass
+class Values:
+    """What the product needs of a point, and the gradient there."""
+
+    gradient: Tensor
+    kept: list[Tensor]
+    captured: dict[tuple[bool, bool], CapturedProduct] = field(default_factory=dict)
+
+
+class Recording:
+    """The program of one loss for arguments of one kind.
+
+    Args:
+        problem: the problem.
+        call: an example.
+        options: the engine.
+    """
+
+    def __init__(self, problem: BilevelProblem, call: Call, options: Traced):
+        self.problem, self.options = problem, options
+        self.reached = [False] * len(problem.outer.tensors)
+        tensors, _, _ = _flatten(problem, call)
+        v = problem.inner.layout.zeros()
+        with problem.evaluating(call):
+            # buffers are copies in here: which tensor is which buffer
+            places = {id(b): (m, n) for m, n, b in problem.modules.buffers()}
+            try:
+                with uncompiled_functions():
+                    module, others = record(self._program(call), [v, *tensors])
+            except Exception as error:
+                raise failed(call.name, error) from error
+        self.others = [places.get(id(tensor), tensor) for tensor in others]
+        self.prefix, self.kept, self.order = split(module, 0, [0, 1])
+        self.module = module
+        self._products: dict[tuple[bool, bool], Callable[..., Any]] = {}
+        self.checked = False
+
+    def _program(self, call: Call) -> Callable[..., Any]:
+        problem = self.problem
+        _, rest, spec = _flatten(problem, call)
+
+        def run(v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            """(loss, ∇_y g, H v, J v) of a call on these arguments."""
+            given = iter(tensors)
+            leaves = [next(given) if leaf is _DATA else leaf for leaf in rest]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            here = Call(call.function, args, kwargs, call.name, autocast=call.autocast)
+            loss = scalar(problem.run(here), call.name)
+            inner, outer = problem.inner, problem.outer
+            (parts,) = gradients(
+                loss, torch.ones_like(loss), inner.tensors, create_graph=True
+            )
+            pairs = [
+                (part, weight)
+                for part, weight in zip(parts, inner.layout.split(v), strict=True)
+                if part is not None and part.requires_grad
+            ]
+            H: Sequence[Tensor | None] = [None] * len(inner.tensors)
+            J: Sequence[Tensor | None] = [None] * len(outer.tensors)
+            if pairs:
+                H, J = gradients(
+                    [part for part, _ in pairs],
+                    [weight for _, weight in pairs],
+                    inner.tensors,
+                    problem.direct,
+                )
+            self.reached = [part is not None for part in J]
+            detached = [None if part is None else part.detach() for part in parts]
+            return (
+                loss.detach().clone(),
+                inner.layout.flatten(detached).clone(),
+                inner.layout.flatten(H).clone(),
+                outer.layout.flatten(J).clone(),
+            )
+
+        return run
+
+    def at(self, call: Call) -> Values | None:
+        """Run the prefix at the present point; None if the loss itself gives another value."""
+        problem = self.problem
+        tensors, _, _ = _flatten(problem, call)
+        v = problem.inner.layout.zeros()
+        with problem.evaluating(
+            call
+        ):  # with grad: the loss may differentiate by itself
+            loss = problem.value(call).detach()
+        with problem.evaluating(call), torch.no_grad():
+            buffers = {(m, n): b for m, n, b in problem.modules.buffers()}
+            others = [
+                buffers[other] if isinstance(other, tuple) else other.detach()
+                for other in self.others
+            ]
+            found, gradient, *kept = self.prefix(v, *tensors, *others)
+        size = loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
+        if not bool((found - loss).abs() <= tolerance(loss.dtype) * size) and bool(
+            torch.isfinite(loss)
+        ):
+            return None
+        own = {_address(t) for t in problem.inner.tensors + problem.outer.tensors}
+        kept = [t.clone() if _address(t) in own else t for t in kept]
+        return Values(gradient, kept)
+
+    def apply(
+        self, values: Values, v: Tensor, inner: bool, outer: bool
+    ) -> tuple[Tensor, ...]:
+        """H v if ``inner``, J v if ``outer``."""
+        wanted = inner, outer
+        run = self._products.get(wanted)
+        if run is None:
+            numbers = [k for k, want in ((2, inner), (3, outer)) if want]
+            run = product(self.module, self.kept, self.order, numbers)
+            if self.options.compile:
+                run = torch.compile(run, fullgraph=True, dynamic=False)
+            self._products[wanted] = run
+        with torch.no_grad():
+            if not supported(self.options.cuda_graph, v):
+                return run(v, *values.kept)
+            if wanted not in values.captured:
+                values.captured[wanted] = CapturedProduct(run, v, values.kept)
+            return values.captured[wanted](v)
+
+
+def _address(tensor: Tensor) -> int | None:
+    strided = tensor.layout == torch.strided
+    return tensor.untyped_storage().data_ptr() if strided else None
+
+
+class TracedPoint(Substitute):
+    """Products from recordings, one for each call."""
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        calls: Sequence[WeightedCall],
+        parts: Sequence[tuple[Recording, Values, Any]],
+    ):
+        super().__init__(problem, calls)
+        self.parts = parts
+
+    @property
+    def gradient(self) -> Tensor:
+        """See `Point.gradient`."""
+        found = [
+            like(w, values.gradient.sum()) * values.gradient
+            for _, values, w in self.parts
+        ]
+        return torch.stack(found).sum(0)
+
+    def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
+        """See `Point.product`."""
+        total: list[Tensor] = []
+        for recording, values, weight in self.parts:
+            found = [
+                part if isinstance(weight, float) and weight == 1 else part * weight
+                for part in recording.apply(values, v, inner, outer)
+            ]
+            total = (
+                found
+                if not total
+                else [a + b for a, b in zip(total, found, strict=True)]
+            )
+            if outer:
+                self.reached = [
+                    a or b for a, b in zip(self.reached, recording.reached, strict=True)
+                ]
+        Hv = total[0] if inner else v.new_empty(0)
+        return Hv, total[-1] if outer else v.new_empty(0)
