@@ -19,6 +19,7 @@ ESTIMATORS = {
     "nesterov": "nesterov(max_steps=20000, rtol=1e-13)",
     "neumann": "neumann(num_steps=20000)",
     "identity": None,
+    "sample_space": None,  # of the Gauss-Newton matrix; tests/test_engines.py
     "unrolled": None,
     "first_order": None,
     "displacement": None,
@@ -35,6 +36,7 @@ ESTIMATORS = {
 }
 
 SYMMETRIC_ONLY = {"cg", "minres", "heavy_ball", "nesterov"}
+NEEDS_OUTPUTS = {"sample_space"}  # factors that products="gauss_newton" has
 RANDOM = {"random_truncated_neumann"}  # another number every time, even without batches
 
 # estimator, inner steps and further options

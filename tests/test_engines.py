@@ -46,9 +46,7 @@ REFUSED = {
     },
 }  # fmt: skip
 # recording takes a third of a second: every third operation, and all that are refused
-TRACED = [
-    n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in REFUSED["traced"]
-]
+TRACED = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in REFUSED["traced"]]
 PAIRS = [
     (engine, name)
     for engine in TOLERANCES
@@ -100,7 +98,12 @@ def test_every_engine_is_tested():
         parse("trace")
 
 
-def network(engine, dtype=torch.float64, dropout=0.0, estimator="cg(max_steps=200, rtol=1e-12, damping=0.5)"):
+def network(
+    engine,
+    dtype=torch.float64,
+    dropout=0.0,
+    estimator="cg(max_steps=200, rtol=1e-12, damping=0.5)",
+):
     """A trained small network with a weight for every example, and a weight decay."""
     torch.manual_seed(0)
     x, y = torch.randn(40, 5, dtype=dtype), torch.randint(0, 3, (40,))
@@ -143,7 +146,9 @@ def test_a_whole_hypergradient(engine, dropout):
     optimizer, _, _ = network(engine, dropout=dropout)
     (found,) = optimizer.hypergradient()
     error = float((found - exact).norm() / exact.norm())
-    assert error < {"traced": 1e-8, "finite_difference": 1e-4, "gauss_newton": 1}[engine]
+    assert (
+        error < {"traced": 1e-8, "finite_difference": 1e-4, "gauss_newton": 1}[engine]
+    )
     assert (parse(engine).note in optimizer.last_report.notes) == (engine != "traced")
 
 
@@ -202,7 +207,9 @@ def test_control_flow_on_values_is_refused_with_its_line():
     optimizer.outer_loss(lambda: y.sum())
     train_loss().backward()
     optimizer.step()
-    with pytest.raises(tb.CaptureFailed, match=r"test_engines\.py:\d+: 'return loss if"):
+    with pytest.raises(
+        tb.CaptureFailed, match=r"test_engines\.py:\d+: 'return loss if"
+    ):
         optimizer.hypergradient()
 
 
@@ -286,7 +293,10 @@ def test_gauss_newton_is_the_formula():
     Z = torch.cat([Z, torch.zeros(28, 1, dtype=torch.float64)], 1)
     whole = torch.autograd.functional.hessian(
         lambda z, p: loss(z.view(7, 4), p[:12].view(4, 3), p[12]),
-        (outputs(W).detach().reshape(-1), torch.cat([W.detach().reshape(-1), s.detach()[None]])),
+        (
+            outputs(W).detach().reshape(-1),
+            torch.cat([W.detach().reshape(-1), s.detach()[None]]),
+        ),
     )
     stack = torch.cat([Z, torch.eye(13, dtype=torch.float64)])
     curved = torch.cat([torch.cat(row, 1) for row in whole])
@@ -335,3 +345,51 @@ def test_certify_refuses_approximate_products():
     )
     with pytest.raises(tb.BilevelError, match="approximate"):
         optimizer.hypergradient()
+
+
+def few_shot_head(estimator, products="gauss_newton", weight_decay=0.2, ops=False):
+    """A linear head of 5 classes on 6 examples with 30 features; outer: the features."""
+    torch.manual_seed(0)
+    features = torch.randn(6, 30, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+    W = torch.zeros(5, 30, dtype=torch.float64, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([W], lr=0.1, weight_decay=weight_decay),
+        torch.optim.SGD([features], lr=0.1),
+        estimator=estimator,
+        products=products,
+    )
+
+    @optimizer.inner_loss
+    def train_loss():
+        if ops:
+            return tb.ops.linear_cross_entropy(features, W, None, target)
+        return F.cross_entropy(features @ W.T, target)
+
+    query = torch.randn(4, 30, dtype=torch.float64)
+    optimizer.outer_loss(lambda: F.cross_entropy(query @ W.T, target[:4]))
+    for _ in range(50):
+        optimizer.zero_grad()
+        train_loss().backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("ops", [True, False])
+def test_a_few_shot_head_is_solved_in_the_space_of_its_outputs(ops):
+    optimizer = few_shot_head("sample_space", ops=ops)
+    (found,) = optimizer.hypergradient()
+    (exact,) = optimizer.hypergradient(estimator="direct", write=False)
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+    assert optimizer.last_report.status == "converged"
+
+
+def test_what_a_solve_in_the_space_of_outputs_needs():
+    with pytest.raises(tb.SolverLimit, match="products='gauss_newton'"):
+        few_shot_head("sample_space", "double_backward").hypergradient()
+    with pytest.raises(tb.SolverLimit, match="positive diagonal.*damping="):
+        few_shot_head("sample_space", weight_decay=0.0).hypergradient()
+    with pytest.raises(tb.SolverLimit, match=r"30 × 150 matrix"):
+        few_shot_head("sample_space(max_bytes=1000)").hypergradient()
+    with pytest.raises(tb.SolverLimit, match="has no factors|needs factors"):
+        tb.SampleSpace().solve(tb._solvers.Operator(lambda v: v, 3), torch.ones(3))

@@ -338,11 +338,15 @@ def test_a_third_derivative_raises():
             torch.autograd.grad(second.sum(), args[1])
     with pytest.raises(NoThirdDerivative):
         grad = torch.func.grad
-        grad(lambda W: grad(lambda W: grad(value_of)(W).sum())(W).sum())(torch.ones(2, 2))
+        grad(lambda W: grad(lambda W: grad(value_of)(W).sum())(W).sum())(
+            torch.ones(2, 2)
+        )
 
 
 def value_of(W):
-    return ops.linear_cross_entropy(torch.eye(2), W, None, torch.tensor([0, 1])).square()
+    return ops.linear_cross_entropy(
+        torch.eye(2), W, None, torch.tensor([0, 1])
+    ).square()
 
 
 def test_a_frozen_argument_costs_nothing():
@@ -386,3 +390,62 @@ def test_what_does_not_fit(what):
 
 def test_every_operation_has_a_case():
     assert {name for name, _, _ in CASES.values()} == set(ops.__all__)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreseen_direction_changes_nothing_but_the_cost(case, weighted, bias):
+    """Loss, gradient and products along it, and along another direction; x is read twice."""
+    name, kind, options = CASES[case]
+    x, W, b, t, w = arguments(kind)
+    W.requires_grad_(), b.requires_grad_(), w.requires_grad_()
+    wanted = [W, b, w] if bias and weighted else [W, b] if bias else [W, w]
+    if not (bias or weighted):
+        wanted = [W]
+    trained = wanted[: 2 if bias else 1]
+    v = [torch.randn_like(p) for p in trained]
+    other = [torch.randn_like(p) for p in trained]
+
+    def run(loss):
+        value = 3 * loss(
+            x, W, b if bias else None, t,
+            example_weights=w if weighted else None, **options,
+        ) + W.square().sum()  # fmt: skip
+        first = torch.autograd.grad(value, wanted, create_graph=True)
+        products = [
+            torch.autograd.grad(first[: len(v)], wanted, d, retain_graph=True)
+            for d in (v, other)
+        ]
+        whole = torch.autograd.grad(
+            first, wanted, [*v, torch.ones_like(w)][: len(wanted)], retain_graph=True
+        )
+        return [value, *first, *products[0], *products[1], *whole]
+
+    with ops.foreseen(trained, v):
+        ours = run(getattr(ops, name))
+    agree(ours, run(plain(name)), 1e-12)
+
+
+def test_what_a_foreseen_direction_saves():
+    shapes = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function):
+                shapes.append(tuple(args[-2].shape))
+            return function(*args, **(kwargs or {}))
+
+    x, W, _, t, w = arguments("indices", n=8)
+    W.requires_grad_(), w.requires_grad_()
+    v = torch.randn_like(W)
+    with ops.foreseen([W], [v]), Products():
+        value = ops.linear_cross_entropy(x, W, None, t, example_weights=w)
+        (first,) = torch.autograd.grad(value, W, create_graph=True)
+        torch.autograd.grad(first, [W, w], v)
+    assert shapes == [(6, 4), (6, 8)]  # twice the classes, and nothing else
+    with ops.foreseen([W], [v]):
+        value = ops.linear_cross_entropy(x, W, None, t)
+    (first,) = torch.autograd.grad(value, W, create_graph=True)
+    with pytest.raises(NoThirdDerivative, match="foreseen"):
+        torch.autograd.grad(first.sum(), W, create_graph=True)

@@ -205,7 +205,8 @@ def test_every_public_name_is_documented_with_an_example(name, value):
     text = inspect.getdoc(value)
     assert text
     error = inspect.isclass(value) and issubclass(value, (Exception, Warning))
-    plain = name in ("estimators", "solvers", "HypergradientCheck", "Report")
+    lists = "estimators", "solvers", "products"
+    plain = name in (*lists, "HypergradientCheck", "Report")
     if not error and not plain:
         assert ">>>" in text, f"{name} has no example"
     if inspect.isfunction(value) and inspect.signature(value).parameters:

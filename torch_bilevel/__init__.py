@@ -17,6 +17,7 @@ Unrolled(window=5, checkpoint_every=None, iterate_bytes=None, offload=None, keep
 
 from . import errors as errors
 from . import estimators as _estimators
+from . import ops as ops
 from . import solvers as _solvers
 from ._version import __version__ as __version__
 from .errors import *  # noqa: F403
@@ -106,6 +107,7 @@ from .solvers import (
     Neumann,
     RandomTruncatedNeumann,
     Richardson,
+    SampleSpace,
     SGDSolver,
     StochasticNeumann,
     StochasticRichardson,
@@ -171,6 +173,7 @@ __all__ = [
     "SOBA",
     "SRBA",
     "Saga",
+    "SampleSpace",
     "Sarah",
     "Smoothness",
     "Simplex",
@@ -190,6 +193,7 @@ __all__ = [
     "estimator",
     "estimators",
     "model_output",
+    "ops",
     "products",
     "register_update_rule",
     "second_order",

@@ -114,7 +114,11 @@ class Implicit(Estimator):
             situation, mean_calls([step.calls for step in curved]), self.damping
         )
         operator = Operator(
-            at.product, outer.inner.numel(), at.symmetric, transpose=at.transpose
+            at.product,
+            outer.inner.numel(),
+            at.symmetric,
+            transpose=at.transpose,
+            factors=at.factors,
         )
         if self.solver.needs_symmetric and not operator.symmetric:
             why = (

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BilevelError, InvalidHyperparameters
+from ..errors import BilevelError, InvalidHyperparameters, SolverLimit
 from ..inner import RULES, HyperAdjoint, StepRecord, stationarity
+from ..ops import foreseen
 from ..problem import BilevelProblem, Point, Sample, WeightedCall
 from .base import Situation
 
@@ -151,13 +152,26 @@ class System:
         return self._decayed(self.signed(self.linearization.transpose(u)), u)
 
     def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`product` and `cross` from one backward pass."""
-        Hv, Jv = self.linearization.joint(self.signed(v))
+        """`product` and `cross` from one pass; the loss's too, where it is still to come."""
+        v_ = self.signed(v)
+        inner = self._problem.inner
+        with foreseen(inner.tensors, inner.layout.split(v_)):
+            point = self.linearization
+        Hv, Jv = point.joint(v_)
         return self._decayed(Hv, v), Jv
 
     def _decayed(self, Hv: Tensor, v: Tensor) -> Tensor:
         plain = isinstance(self.decay, float) and not self.decay
         return Hv if plain else Hv + self.decay * v
+
+    def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Point.factors`; D of the optimizer is part of the diagonal."""
+        if self.sign is not None:
+            raise SolverLimit(
+                "'sample_space' does not know maximised parameter groups."
+            )
+        Z, curved, diagonal = self.linearization.factors(limit)
+        return Z, curved, diagonal + self.decay
 
     def cross(self, v: Tensor) -> Tensor:
         """J (s ∘ v)."""

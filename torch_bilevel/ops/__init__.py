@@ -14,6 +14,7 @@ tensor(0.6931, grad_fn=...)
 
 from .cut import cut_by as cut_by
 from .cut import model_output as model_output
+from .foresee import foreseen as foreseen
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .linear_logistic import linear_logistic as linear_logistic
 from .linear_squared_error import linear_squared_error as linear_squared_error

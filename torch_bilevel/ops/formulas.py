@@ -275,3 +275,49 @@ def _seed(part: Terms, m: Tensor, dω: Any) -> Tensor:
         assert part.losses is not None
         found = found + dω * part.losses
     return times(found, part.share)
+
+
+@precisely
+def values_along(
+    terms: Terms, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ℓ, the state and u from one product with x."""
+    x, c = _whole(terms).x, len(terms.weight)
+    dtype = terms.weight.dtype
+    both = torch.cat([terms.weight, weight.to(dtype)]) @ x.mT
+    z, u = both[:c], both[c:]
+    if terms.bias is not None and bias is not None:
+        z, u = z + terms.bias.unsqueeze(1), u + bias.to(dtype).unsqueeze(1)
+    losses, state = terms.link.value(z, terms.target)
+    return losses, state, u
+
+
+@precisely
+def gradient_along(
+    terms: Terms, seed: Tensor, u: Tensor, wanted: Sequence[bool]
+) -> tuple[Parts, Parts]:
+    """`gradient` and, along the direction of u, `second`, of W and b, from one product."""
+    link, state, t = terms.link, terms.state, terms.target
+    assert state is not None and terms.losses is not None
+    a = times(times(seed, terms.share), terms.omega)
+    ar = a * link.residual(state, t)
+    q = a * link.along(state, t, u)[1]
+    both = torch.cat([ar, q]) @ _whole(terms).x
+    c = len(ar)
+    sums = (ar.sum(1), q.sum(1)) if terms.bias is not None else (None, None)
+    omega = _each(times(seed, terms.share) * terms.losses) if wanted[4] else None
+    first = None, both[:c], sums[0], None, omega
+    return first, (None, both[c:], sums[1], None)
+
+
+@precisely
+def slopes(terms: Terms, seed: Tensor, u: Tensor, wanted: Sequence[bool]) -> Parts:
+    """The last two of equations (2), ∂_ω and ∂_s, along the direction of u."""
+    assert terms.state is not None
+    m = terms.link.along(terms.state, terms.target, u)[0]
+    omega = _each(times(seed, terms.share) * m) if wanted[4] else None
+    to_seed = None
+    if wanted[5]:
+        to_seed = _seed(terms, m, None)
+        to_seed = to_seed.sum() if seed.dim() == 0 else to_seed
+    return omega, to_seed

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InvalidLoss
+from . import formulas
+from .along import loss_along
 from .cut import cutting, model_output
+from .foresee import direction
 from .formulas import times
 from .linear_loss import linear_loss
 from .link import Link
@@ -105,11 +108,20 @@ def loss_of(
         z = model_output(F.linear(x.to(dtype), weight.to(dtype), bias))
         losses = times(times(link.value(z.mT, target)[0], share), example_weights)
         losses = losses.sum() if summed else losses
-    else:
-        losses = linear_loss(
-            link, x, weight, bias, target, example_weights, share, summed
-        )
+        return losses.mT if losses.dim() == 2 else losses
+    along = direction(weight, bias)
+    constant = not (x.requires_grad or target.requires_grad)
+    if along and constant and summed and weight.dtype is dtype and _small(x, weight):
+        return loss_along(link, x, weight, bias, target, example_weights, share, along)
+    losses = linear_loss(link, x, weight, bias, target, example_weights, share, summed)
     return losses.mT if losses.dim() == 2 else losses
+
+
+def _small(x: Tensor, weight: Tensor) -> bool:
+    """Whether the outputs may be kept, and nothing is rounded first."""
+    return len(x) * len(weight) <= formulas.KEEP and not torch.is_autocast_enabled(
+        x.device.type
+    )
 
 
 def _inverse(count: int) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..errors import StalePoint
+from ..errors import SolverLimit, StalePoint
 
 if TYPE_CHECKING:
     from .problem import BilevelProblem
@@ -51,6 +51,20 @@ class Point(abc.ABC):
     @abc.abstractmethod
     def cross_transpose(self, u: Tensor) -> Tensor:
         """Jᵀ u for u of the outer layout, flat, of the inner layout."""
+
+    def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(Z, D, λ) with H = Zᵀ D Z + diag(λ), for engines that know the model's outputs.
+
+        Args:
+            limit: the most numbers Z may have.
+
+        Raises:
+            SolverLimit: this engine does not.
+        """
+        raise SolverLimit(
+            "A solve in the space of the outputs needs to know them: give the optimizer "
+            "products='gauss_newton', or use 'cg' or 'direct'."
+        )
 
     def hvp(self, v: Tensor) -> Tensor:
         """H v, flat, of the inner layout."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..errors import Disconnected, InvalidLoss, NonSymmetricSystem
+from ..errors import Disconnected, InvalidLoss, NonSymmetricSystem, SolverLimit
 from ..ops import cut_by, model_output
 from ..problem import BilevelProblem, Call, WeightedCall, like, scalar
 from .base import Products, Substitute
@@ -210,13 +210,23 @@ class GaussNewtonPoint(Substitute):
             problem.outer.layout.flatten(J) if outer else nothing,
         )
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Z, D, λ) with B = Zᵀ D Z + diag(λ), Z of shape (outputs, parameters).
+
+        Args:
+            limit: the most numbers Z may have.
 
         Raises:
             InvalidLoss: the curvature outside the outputs is not diagonal.
+            SolverLimit: Z would be larger.
         """
         layout = self.problem.inner.layout
+        count = sum(leaf.numel() for piece in self.pieces for leaf in piece.leaves)
+        if count * max(layout.numel, count) > limit:
+            raise SolverLimit(
+                f"'sample_space' would build a {count} × {layout.numel} matrix (limit {limit:,} "
+                "numbers). Use 'cg', or raise max_bytes."
+            )
         inner = self.problem.inner.tensors
         blocks, curvatures = [], []
         for piece in self.pieces:

@@ -22,6 +22,7 @@ from .random_truncated_neumann import (
     RandomTruncatedNeumann as RandomTruncatedNeumann,
 )
 from .richardson import Richardson as Richardson
+from .sample_space import SampleSpace as SampleSpace
 from .sgd import SGDSolver as SGDSolver
 from .stochastic_neumann import StochasticNeumann as StochasticNeumann
 from .stochastic_richardson import StochasticRichardson as StochasticRichardson

@@ -34,6 +34,7 @@ class Operator:
         transpose: the product v ↦ Aᵀ v, for a map that is not symmetric.
         sample: makes A_ζ number k, independent of those of other numbers; None where A is exact.
         integer: a whole number below the one given, drawn so that it can be drawn again.
+        factors: (Z, D, λ) with A = Zᵀ D Z + diag(λ), given the most numbers Z may have.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -42,6 +43,7 @@ class Operator:
     transpose: Callable[[Tensor], Tensor] | None = None
     sample: Callable[[int], Operator] | None = None
     integer: Callable[[int], int] | None = None
+    factors: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None
     num_products: int = 0
 
     def __call__(self, v: Tensor) -> Tensor:
