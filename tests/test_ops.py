@@ -38,6 +38,13 @@ def plain(name):
     return loss
 
 
+@pytest.fixture(autouse=True)
+def fused(request, monkeypatch):
+    """The formulas at every size, except where a test is about the choice."""
+    if "choice" not in request.keywords and "choice" not in request.node.name:
+        monkeypatch.setattr(formulas, "SMALL", -1)
+
+
 # name, kind of target, options
 CASES = {
     "indices": ("linear_cross_entropy", "indices", {}),
@@ -449,3 +456,28 @@ def test_what_a_foreseen_direction_saves():
     (first,) = torch.autograd.grad(value, W, create_graph=True)
     with pytest.raises(NoThirdDerivative, match="foreseen"):
         torch.autograd.grad(first.sum(), W, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_the_choice_of_plain_operations_for_small_sizes(case, weighted, reduction):
+    name, kind, options = CASES[case]
+    args = arguments(kind)
+    args[4] = args[4] if weighted else None
+    options = {**options, "reduction": reduction}
+    loss = getattr(ops, name)
+    agree(
+        two_derivatives(loss, args, **options),
+        two_derivatives(plain(name), args, **options),
+        1e-12,
+    )
+    value = loss(*leaves(args)[:4], **options)
+    assert not type(value.grad_fn).__name__.startswith("_Loss")
+    big = loss(*leaves(arguments(kind, n=2000, d=200))[:4], **options).sum()
+    nodes, names = [big.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    assert any(name.startswith("_Loss") for name in names)

@@ -12,6 +12,7 @@ weights of the examples included. The formulas stand in `linear_loss`.
 tensor(0.6931, grad_fn=...)
 """
 
+from .cut import always_fused as always_fused
 from .cut import cut_by as cut_by
 from .cut import model_output as model_output
 from .foresee import foreseen as foreseen

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 _cutters: list[Callable[[Tensor], Tensor]] = []
+_fusing: list[bool] = []
 
 
 def cutting() -> bool:
@@ -32,6 +33,21 @@ def cut_by(function: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         _cutters.pop()
+
+
+@contextlib.contextmanager
+def always_fused() -> Iterator[None]:
+    """The operations use their formulas at every size: where the program is recorded."""
+    _fusing.append(True)
+    try:
+        yield
+    finally:
+        _fusing.pop()
+
+
+def fusing() -> bool:
+    """Whether operations use their formulas at every size."""
+    return bool(_fusing)
 
 
 def model_output(z: Tensor) -> Tensor:

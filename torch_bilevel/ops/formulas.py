@@ -31,7 +31,8 @@ from torch import Tensor
 
 from .link import Link
 
-CHUNK = 2**21  # entries of x in a chunk: it is to be in the cache when it is read again
+CHUNK = 2**20  # entries of x in a chunk: it is to be in the cache when it is read again
+SMALL = 2**20  # n·d·c; below, an autograd function costs more than it saves
 KEEP = 2**24  # entries of z; the state of more is computed again
 
 Parts = tuple["Tensor | None", ...]
@@ -74,17 +75,22 @@ def precisely(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def _at(part: Tensor, rows: slice) -> Tensor:
+    """Some rows of what is class-major, or one for all."""
+    return part if part.dim() == 0 or rows == slice(None) else part[..., rows]
+
+
 def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
-    return part if part is None or part.dim() == 0 else part[..., rows]
+    return None if part is None else _at(part, rows)
 
 
-def _chunks(terms: Terms, seed: Tensor) -> Iterator[tuple[slice, Terms, Tensor]]:
+def _chunks(terms: Terms) -> Iterator[tuple[slice, Terms]]:
     """Rows, with what belongs to them; all at once where they are few."""
     n, d = terms.x.shape
     rows = max(256, CHUNK // max(d, 1))
     dtype = terms.weight.dtype
     if n < 2 * rows:
-        yield slice(None), _whole(terms), seed
+        yield slice(None), _whole(terms)
         return
     for first in range(0, n, rows):
         at = slice(first, first + rows)
@@ -93,9 +99,7 @@ def _chunks(terms: Terms, seed: Tensor) -> Iterator[tuple[slice, Terms, Tensor]]
             terms.link, x[at].to(dtype), weight, bias, target[..., at],
             *(_rows(t, at) for t in rest),
         )  # fmt: skip
-        s = _rows(seed, at)
-        assert s is not None
-        yield at, part, s
+        yield at, part
 
 
 def _whole(terms: Terms) -> Terms:
@@ -147,11 +151,11 @@ def values(terms: Terms) -> tuple[Tensor, Tensor | None]:
     """ℓ, and the state where it is small enough to be kept."""
     link, n, c = terms.link, len(terms.x), len(terms.weight)
     if n * c <= KEEP:
-        x = _whole(terms).x
-        return link.value(outputs(x, terms.weight, terms.bias), terms.target)
+        z = [outputs(part.x, part.weight, part.bias) for _, part in _chunks(terms)]
+        return link.value(z[0] if len(z) == 1 else torch.cat(z, 1), terms.target)
     found = [
         link.value(outputs(part.x, part.weight, part.bias), part.target)[0]
-        for _, part, _ in _chunks(terms, terms.weight.new_empty(()))
+        for _, part in _chunks(terms)
     ]
     return torch.cat(found, -1), None
 
@@ -164,10 +168,10 @@ def gradient(terms: Terms, seed: Tensor, wanted: Sequence[bool]) -> Parts:
     X, T = [], []
     # with the state kept nothing is read twice, and one product is fastest
     kept = terms.state is not None
-    each = [(..., _whole(terms), seed)] if kept else _chunks(terms, seed)
-    for _, part, s in each:
+    each = [(slice(None), _whole(terms))] if kept else _chunks(terms)
+    for at, part in each:
         state = _known(part)
-        a = times(times(s, part.share), part.omega)
+        a = times(times(_at(seed, at), part.share), part.omega)
         ar = a * link.residual(state, part.target)
         if to_weight:
             W = _plus_product(W, ar, part.x)
@@ -203,11 +207,11 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
     crossed = (dx is not None and to_weight) or (dW is not None and to_x)
     W = b = None
     X, T, omega, S = [], [], [], []
-    for at, part, s in _chunks(terms, seed):
+    for at, part in _chunks(terms):
         state, t = _known(part), part.target
         dx_ = None if dx is None else dx[at]
         dt_, dω_ = _rows(dt, at), _rows(dω, at)
-        sκ = times(s, part.share)
+        sκ = times(_at(seed, at), part.share)
         a = times(sκ, part.omega)
         u, m, curved = _along(part, state, dx_, dW, db, dt_)
         q = a * curved

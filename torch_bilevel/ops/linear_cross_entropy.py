@@ -9,13 +9,15 @@ With label smoothing ε, e_t becomes (1 − ε) e_t + ε/c; with class probabili
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import InvalidLoss
 from .link import Link
-from .reduction import check, loss_of, real_target
+from .reduction import check, loss_of, plain_loss, real_target, too_small
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,9 @@ def linear_cross_entropy(
     if single:
         x, target = x.unsqueeze(0), target.unsqueeze(0)
     check(name, x, weight, bias, example_weights, reduction)
-    valid: Tensor | None = None
-    link: Link
-    if target.is_floating_point():
-        link, target = _Probabilities(), real_target(name, target, x, weight).mT
-        if label_smoothing:
-            target = target * (1 - label_smoothing) + label_smoothing / len(weight)
+    soft = target.is_floating_point()
+    if soft:
+        target = real_target(name, target, x, weight)
     else:
         if target.shape != x.shape[:1] or target.dtype != torch.int64:
             raise InvalidLoss(
@@ -135,7 +134,28 @@ def linear_cross_entropy(
                 f"class indices, int64 of shape ({len(x)},), or class probabilities of shape "
                 f"{(len(x), len(weight))}."
             )
-        link, valid = _Indices(label_smoothing), target != ignore_index
-        target = target.masked_fill(~valid, 0)
-    result = loss_of(link, x, weight, bias, target, example_weights, valid, reduction)
+    valid: Tensor | None = None
+    if too_small(x, weight):
+        count = len(x) if soft else (target != ignore_index).sum()
+        function = partial(
+            F.cross_entropy,
+            target=target,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        result = plain_loss(
+            function, x, weight, bias, example_weights, count, reduction
+        )
+    else:
+        link: Link = _Indices(label_smoothing)
+        if soft:
+            link, target = _Probabilities(), target.mT
+            if label_smoothing:
+                target = target * (1 - label_smoothing) + label_smoothing / len(weight)
+        else:
+            valid = target != ignore_index
+            target = target.masked_fill(~valid, 0)
+        result = loss_of(
+            link, x, weight, bias, target, example_weights, valid, reduction
+        )
     return result.squeeze(0) if single and reduction == "none" else result

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from .link import Link
-from .reduction import check, loss_of, real_target
+from .reduction import check, loss_of, plain_loss, real_target, too_small
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class _Logistic(Link):
     """Targets are probabilities of each output, (c, n); the state is z."""
 
     elementwise = True
+    plain = staticmethod(F.binary_cross_entropy_with_logits)
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return F.softplus(z) - z * t, z
@@ -99,6 +101,11 @@ def elementwise(
         weight, target = weight.unsqueeze(0), target.unsqueeze(-1)
         bias = None if bias is None else bias.reshape(1)
     check(name, x, weight, bias, example_weights, reduction)
-    target = real_target(name, target, x, weight).mT
-    result = loss_of(link, x, weight, bias, target, example_weights, None, reduction)
+    target = real_target(name, target, x, weight)
+    given = example_weights
+    if too_small(x, weight):
+        function = partial(link.plain, target=target)
+        result = plain_loss(function, x, weight, bias, given, None, reduction)
+    else:
+        result = loss_of(link, x, weight, bias, target.mT, given, None, reduction)
     return result.squeeze(-1) if single and reduction == "none" else result

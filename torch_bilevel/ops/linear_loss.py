@@ -175,20 +175,17 @@ def _applied(cls: type[Function]) -> Callable[..., Any]:
     ``apply`` of a function with ``setup_context`` binds its signature anew in every call (80 µs).
     """
 
-    class Eager(Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = cls.forward(*inputs)
-            cls.setup_context(ctx, inputs, output)
-            return output
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = cls.forward(*inputs)
+        cls.setup_context(ctx, inputs, output)
+        return output
 
-        backward = cls.backward  # type: ignore[assignment]
-
-    Eager.__name__ = cls.__name__
+    body = {"forward": staticmethod(forward), "backward": cls.backward}
+    eager: Any = type(Function)(cls.__name__, (Function,), body)
 
     def apply(*inputs: Any) -> Any:
         transformed = torch._C._are_functorch_transforms_active()
-        return (cls if transformed else Eager).apply(*inputs)
+        return (cls if transformed else eager).apply(*inputs)
 
     return apply
 

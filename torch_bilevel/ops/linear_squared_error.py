@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .linear_logistic import elementwise
 from .link import Link
@@ -15,6 +16,7 @@ class _Squared(Link):
     """Targets are real numbers, (c, n); the state is z."""
 
     elementwise = True
+    plain = staticmethod(F.mse_loss)
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return (z - t).square(), z

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class Link(abc.ABC):
     """
 
     elementwise = False
+    plain: Any = None  # the same loss in torch.nn.functional, of z (n, c) and t
 
     @abc.abstractmethod
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import InvalidLoss
 from . import formulas
 from .along import loss_along
-from .cut import cutting, model_output
+from .cut import cutting, fusing, model_output
 from .foresee import direction
 from .formulas import times
 from .linear_loss import linear_loss
@@ -68,6 +70,56 @@ def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return target.to(torch.promote_types(dtype, torch.float32))
+
+
+def too_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether an autograd function in Python would cost more than it saves.
+
+    Not where it costs nothing: in programs that are recorded, and under function transforms.
+    """
+    return (
+        x.numel() * len(weight) <= formulas.SMALL
+        and not fusing()
+        and not cutting()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def plain_loss(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    example_weights: Tensor | None,
+    count: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The same by operations of PyTorch.
+
+    Args:
+        function: of the outputs, (n, c), and ``reduction``.
+        x: (n, d).
+        weight: (c, d).
+        bias: (c,) or None.
+        example_weights: ω, (n,) or None.
+        count: how many the mean is over; None for all losses.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    if not (x.dtype is weight.dtype is dtype and (bias is None or bias.dtype is dtype)):
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    z = F.linear(x, weight, bias)
+    if example_weights is None:
+        return function(z, reduction=reduction)
+    losses = function(z, reduction="none")
+    omega = example_weights.to(dtype)
+    losses = losses * (omega if losses.dim() == 1 else omega.unsqueeze(1))
+    if reduction == "mean":
+        return losses.mean() if count is None else losses.sum() / count
+    return losses.sum() if reduction == "sum" else losses
 
 
 def loss_of(

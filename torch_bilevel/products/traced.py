@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureFailed
+from ..ops import always_fused
 from ..problem import BilevelProblem, Call, WeightedCall, gradients, like, scalar
 from .base import Products, Substitute, disagreement, tolerance
 from .capture import CapturedProduct, failed, supported, uncompiled_functions
@@ -166,7 +167,7 @@ class Recording:
             # buffers are copies in here: which tensor is which buffer
             places = {id(b): (m, n) for m, n, b in problem.modules.buffers()}
             try:
-                with uncompiled_functions():
+                with uncompiled_functions(), always_fused():
                     module, others = record(self._program(call), [v, *tensors])
             except Exception as error:
                 raise failed(call.name, error) from error
@@ -209,9 +210,9 @@ class Recording:
             detached = [None if part is None else part.detach() for part in parts]
             return (
                 loss.detach().clone(),
-                inner.layout.flatten(detached).clone(),
-                inner.layout.flatten(H).clone(),
-                outer.layout.flatten(J).clone(),
+                inner.layout.flatten(detached),
+                inner.layout.flatten(H),
+                outer.layout.flatten(J),
             )
 
         return run
