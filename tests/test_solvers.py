@@ -80,7 +80,10 @@ def test_the_start_is_never_worse_than_zero(name):
 def test_a_zero_right_hand_side_gives_zero(name, x0):
     A, b, x = system([1.0, 2.0])
     start = x if x0 else None
-    found = REGISTRY[name]().solve(Operator(A.mv, 2), torch.zeros(2), start, Memory())
+    half = torch.full((2,), 0.5)
+    factors = torch.eye(2), A - half.diag(), half  # for 'sample_space'
+    operator = Operator(A.mv, 2, factors=lambda limit: factors)
+    found = REGISTRY[name]().solve(operator, torch.zeros(2), start, Memory())
     assert torch.equal(found.value, torch.zeros(2))
 
 
@@ -234,3 +237,65 @@ def test_solutions_are_linear_in_the_right_hand_side(eigenvalues, seed, c):
         one = solver.solve(Operator(A.mv, len(b)), b, None, Memory()).value
         other = solver.solve(Operator(A.mv, len(b)), c * b, None, Memory()).value
         torch.testing.assert_close(other, c * one, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rtol", [0.0, 1e-6])
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "singular", "zero", "nan"])
+def test_cg_on_the_host_and_on_a_device_are_the_same(kind, rtol, dtype):
+    """Numbers in Python, or masks; three operations on vectors a step, and no look at the device."""
+    torch.manual_seed(0)
+    d = {
+        "definite": torch.linspace(1, 30, 12),
+        "indefinite": torch.linspace(-1, 30, 12),
+        "singular": torch.linspace(0, 30, 12),
+        "zero": torch.ones(12),
+        "nan": torch.full((12,), torch.nan),
+    }[kind].to(dtype)
+    Q = torch.linalg.qr(torch.randn(12, 12, dtype=dtype))[0]
+    b = torch.zeros(12, dtype=dtype) if kind == "zero" else torch.randn(12, dtype=dtype)
+    if kind == "singular":
+        b = Q @ (d * torch.randn(12, dtype=dtype))
+    A = Q @ (d[:, None] * Q.T)
+    for steps, x0 in ((3, None), (9, None), (9, 0.1 * torch.ones(12, dtype=dtype))):
+        solver, found = tb.CG(max_steps=steps, rtol=rtol), []
+        for run in ("_on_host", "_on_device"):
+            other = "_on_device" if run == "_on_host" else "_on_host"
+            plain = getattr(tb.CG, run)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tb.CG, other, plain)
+                found.append(solver.solve(Operator(A.mv, 12), b, x0))
+        host, device = found
+        close = 1e-9 if dtype == torch.float64 else 1e-3
+        torch.testing.assert_close(
+            host.value, device.value, rtol=close, atol=close, equal_nan=True
+        )
+        assert host.status == device.status
+        assert int(host.num_steps) == int(device.num_steps)
+
+
+def test_cg_takes_three_operations_on_vectors_a_step_and_waits_for_nothing():
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        vectors = waits = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            kinds = [r.alias_info for r in function._schema.returns]
+            view = any(kind and not kind.is_write for kind in kinds)
+            sizes = [t.numel() for t in (*args, out) if isinstance(t, torch.Tensor)]
+            self.vectors += not view and max(sizes, default=0) >= 100
+            self.waits += "_local_scalar_dense" in str(function)
+            return out
+
+    def count(steps, run):
+        solver, counter = tb.CG(max_steps=steps, rtol=0.0), Counter()
+        b = torch.ones(100)
+        rows, A = torch.stack([0 * b, b, b, b]), torch.linspace(1, 9, 100)
+        fixed = A * b  # what the product costs is not counted
+        with counter:
+            getattr(solver, run)(Operator(lambda p: fixed, 100), rows, b.new_zeros(()))
+        return counter.vectors, counter.waits
+
+    for run in ("_on_host", "_on_device"):
+        more, less = count(6, run), count(2, run)
+        assert more[0] - less[0] <= 4 * 3 and more[1] - less[1] == 0

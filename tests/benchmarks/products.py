@@ -19,7 +19,6 @@ import functools
 import gc
 import gzip
 import importlib
-import inspect
 import json
 import math
 import os
@@ -40,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torch_bilevel as tb
+from torch_bilevel import ops
 from torch_bilevel.solvers import Operator
 
 STEPS = 10  # of conjugate gradients
@@ -145,19 +145,14 @@ def reason(error):
 # --- the library ----------------------------------------------------------------------
 
 
-def recorded(case, engine=None, estimator="cg"):
+def recorded(case, engine="double_backward", estimator="cg"):
     """A `BilevelOptimizer` that has seen one inner step, of no length, on the batch."""
-    options = {} if engine is None else {"products": engine}
-    if "products" not in inspect.signature(tb.BilevelOptimizer).parameters:
-        if engine not in (None, "double_backward"):
-            raise NotImplementedError("BilevelOptimizer has no products= yet")
-        options = {}
     optimizer = tb.BilevelOptimizer(
         torch.optim.SGD(case.params, lr=0.0, weight_decay=case.decay),
         torch.optim.SGD([case.weights], lr=0.1),
         modules=case.model,
         estimator=estimator,
-        **options,
+        products=engine,
     )
     train_loss = optimizer.inner_loss(case.loss)
     optimizer.outer_loss(case.valid_loss)
@@ -167,15 +162,10 @@ def recorded(case, engine=None, estimator="cg"):
     return optimizer
 
 
-def linearized(optimizer, engine):
-    """The products of an engine at the recorded step."""
+def linearized(optimizer):
+    """The products of its engine at the recorded step."""
     calls = optimizer._recorder.window.steps()[-1].calls
-    chosen = getattr(optimizer, "products", None)
-    if hasattr(chosen, "linearize"):
-        return chosen.linearize(optimizer.problem, calls)
-    if engine != "double_backward":
-        raise NotImplementedError("optimizer.products has no linearize() yet")
-    return optimizer.problem.linearize(calls)
+    return optimizer.products.linearize(optimizer.problem, calls)
 
 
 def recorded_by_all(row, cases, names):
@@ -196,28 +186,46 @@ def recorded_by_all(row, cases, names):
 
 def add_engine(contest, name, engine, optimizer, v):
     """H v and (H v, J v), from one linearisation."""
-    at = functools.cache(lambda: linearized(optimizer, engine))
+    at = functools.cache(lambda: linearized(optimizer))
     for kind, suffix in (("hvp", ""), ("joint", ", joint")):
         build = lambda kind=kind: partial(getattr(at(), kind), v)  # noqa: E731
         contest.add(name + suffix, build, "raw" + suffix, ENGINES[engine])
 
 
-def ours(case, steps):
+def ours(case, steps, engine="double_backward"):
     """The hypergradient as a user asks for it."""
     estimator = f"cg(max_steps={steps}, rtol=0.0, warm_start=False)"
-    optimizer = recorded(case, estimator=estimator)
+    optimizer = recorded(case, engine, estimator)
     return lambda: optimizer.hypergradient(*case.valid, write=False)
 
 
 def joint_ours(case, v):
-    """(g, ∇g, H v, J v) at a fresh batch by the library: to be filled in."""
-    raise NotImplementedError("the library has no joint oracle yet")
+    """(g, ∇g, H v, J v) at a fresh batch, along a v that is known before, as SOBA takes it."""
+    case, seen = with_ops(case), []
+    evaluate = case.loss
+
+    def loss(*batch):
+        value = evaluate(*batch)
+        seen[:] = [value.detach()]
+        return value
+
+    case.loss = loss
+    optimizer = recorded(case)
+    problem = optimizer.problem
+    calls = optimizer._recorder.window.steps()[-1].calls
+
+    def oracle():
+        parts = problem.inner.layout.split(v)
+        with ops.foreseen(problem.inner.tensors, parts):
+            at = problem.linearize(calls)
+        return seen[0], at.gradient, at.joint(v)
+
+    return oracle
 
 
 def with_ops(case):
     """The same case with the library's fused loss of a linear model."""
-    fused = importlib.import_module("torch_bilevel.ops")
-    return replace(case, fused=fused)
+    return replace(case, fused=ops)
 
 
 # --- sections -------------------------------------------------------------------------
@@ -228,10 +236,7 @@ def products(row, args, kind, n):
     case = base.make_case(kind, n)
     contest, v, cases = Contest(row, case.size), vector(case), {"": case}
     if kind == "softmax":
-        try:
-            cases["ops: "] = with_ops(case)
-        except ImportError as error:
-            row.skipped["ops"] = reason(error)
+        cases["ops: "] = with_ops(case)
     names = [name for name in ENGINES if args.compile or "compile" not in name]
     engines = recorded_by_all(row, cases, names)
     for prefix, each in cases.items():
@@ -273,6 +278,8 @@ def hypergradient(row, args, n):
         "kept graph, by hand": base.graph_hypergradient,
         "ours": ours,
         "ours, ops": lambda case, steps: ours(with_ops(case), steps),
+        "ours, traced": partial(ours, engine="traced"),
+        "ours, ops, traced": lambda case, n: ours(with_ops(case), n, "traced"),
         "TorchOpt": base.torchopt_hypergradient,
         "hypertorch's CG": base.hypertorch_hypergradient,
         "jvp(grad)": base.functional_hypergradient,

@@ -9,6 +9,7 @@ falls by (√κ − 1)/(√κ + 1) a step.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -67,63 +68,116 @@ class CG(Solver):
         memory: Memory | None = None,
     ) -> Solution:
         """See `Solver.solve`."""
-        # r = b − A x;  p: search direction;  alpha minimises the A-norm of the error along p
+        # r = b − A x;  p: search direction
         x, r = start(operator, b, x0)
-        cold = ~x.any()
-        rows, other = torch.stack([x, r, r, r]), b.new_empty(4, len(b))  # x, r, p, A p
+        rows = torch.stack([x, r, r, r])  # x, r, p, A p
         target = self.rtol**2 * torch.dot(b, b)
-        zero = torch.zeros_like(target)
-        active = going = torch.dot(r, r) > target
-        steps = torch.zeros((), dtype=torch.int64, device=b.device)
+        run = self._on_host if b.device.type == "cpu" else self._on_device
+        with full_precision(b.device):
+            rows, flags = run(operator, rows, target)
+        broken = flags.pop("broken")
+        x, r = torch.where(broken, torch.nan, rows[0]), rows[1]
+        converged = torch.dot(r, r) <= target
+        return solution(x, relative(r, b), converged=converged, **flags)
+
+    def _on_host(
+        self, operator: Operator, rows: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The iteration with numbers in Python, where reading a tensor waits for no device."""
+        other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
+        cold, goal = not bool(rows[0].any()), float(target)
+        ahead = float(torch.dot(rows[1], rows[1]))
+        steps, curvature, scale, negative, broken = 0, 0.0, 0.0, False, False
+        for k in range(self.max_steps):
+            if not ahead > goal:
+                break
+            rows[3] = operator(rows[2])
+            (rr, _, rAp), (_, pp, pAp), (_, _, ApAp) = _inner_products(rows).tolist()
+            if not (rr > goal and pp > 0):
+                break
+            curvature, stretch = pAp / pp, math.sqrt(ApAp / pp)
+            if not math.isfinite(pAp):
+                broken = True
+                break
+            scale = max(scale, stretch)
+            # Curvature below rounding (against the largest stretch ‖A p‖/‖p‖ seen) counts as
+            # zero: the direction carries nothing the precision can resolve.
+            good = curvature > 10 * eps * scale
+            negative = curvature < -10 * eps * scale
+            # Nothing to stop at yet: one step of length |α| along b, the T1–T2 answer.
+            if not (good or (negative and k == 0 and cold)):
+                break
+            # alpha minimises the A-norm of the error along p
+            alpha = rr / abs(pAp)
+            # ‖r₊‖² before r₊ is formed; the next inner products give it again, exactly
+            next_rr = max(rr + alpha * (alpha * ApAp - 2 * rAp), 0.0)
+            ahead = next_rr + 8 * eps * rr if self.rtol else math.inf
+            beta = next_rr / rr
+            # x + α p,  r − α A p,  r₊ + β p
+            moves = [[1, 0, alpha, 0], [0, 1, 0, -alpha], [0, 1, beta, -alpha]]
+            torch.mm(rows.new_tensor(moves), rows, out=other[:3])
+            rows, other = other, rows
+            if not good:
+                break
+            steps += 1
+        return rows, {
+            "num_steps": torch.tensor(steps),
+            "negative_curvature": torch.tensor(negative),
+            "curvature": rows.new_tensor(curvature),
+            "broken": torch.tensor(broken),
+        }
+
+    def _on_device(
+        self, operator: Operator, rows: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with masks, so that the host waits for nothing unless ``rtol`` asks for it."""
+        other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
+        cold, zero = ~rows[0].any(), torch.zeros_like(target)
+        active = going = torch.dot(rows[1], rows[1]) > target
+        steps = torch.zeros((), dtype=torch.int64, device=rows.device)
         negative = broken = torch.zeros_like(active)
         curvature, scale = zero, zero
-        eps = torch.finfo(b.dtype).eps
-        still, by_alpha, by_beta = _moves(b)
-        with full_precision(b.device):
-            for k in range(self.max_steps):
-                if self.rtol and not bool(going):
-                    break
-                rows[3] = operator(rows[2])
-                # every inner product of r, p and A p at once
-                rr, _, rAp, _, pp, pAp, _, _, ApAp = (rows[1:] @ rows[1:].mT).flatten()
-                active = active & (rr > target)
-                # Curvature below rounding (against the largest stretch ‖A p‖/‖p‖ seen) counts
-                # as zero: the direction carries nothing the precision can resolve.
-                here = pAp / pp
-                scale = torch.fmax(scale, (ApAp / pp).sqrt())
-                curvature = torch.where(active, here, curvature)
-                broken = broken | (active & ~torch.isfinite(pAp))
-                bad = active & (here < -10 * eps * scale)
-                negative = negative | bad
-                active = active & (here > 10 * eps * scale)
-                # Nothing to stop at yet: one step of length |α| along b, the T1–T2 answer.
-                steady = active | (bad & cold) if k == 0 else active
-                alpha = torch.where(steady, rr / pAp.abs(), zero)
-                # ‖r₊‖² before r₊ is formed; the next inner products give it again, exactly
-                ahead = (rr + alpha * (alpha * ApAp - 2 * rAp)).clamp_min(0)
-                beta = torch.where(active, ahead / rr, zero)
-                # x + α p,  r − α A p,  r₊ + β p
-                moves = still + alpha * by_alpha + beta * by_beta
-                torch.mm(moves, rows, out=other[:3])
-                rows, other = other, rows
-                steps = steps + active
-                going = active & (ahead + 8 * eps * rr > target)
-        x, r = rows[0].clone(), rows[1]
-        return solution(
-            torch.where(broken, torch.nan, x),
-            relative(r, b),
-            num_steps=steps,
-            converged=torch.dot(r, r) <= target,
-            negative_curvature=negative,
-            curvature=curvature,
-        )
+        still, by_alpha, by_beta = _moves(rows)
+        for k in range(self.max_steps):
+            if self.rtol and not bool(going):
+                break
+            rows[3] = operator(rows[2])
+            rr, _, rAp, _, pp, pAp, _, _, ApAp = _inner_products(rows).flatten()
+            active = active & (rr > target)
+            here = pAp / pp
+            scale = torch.fmax(scale, (ApAp / pp).sqrt())
+            curvature = torch.where(active, here, curvature)
+            broken = broken | (active & ~torch.isfinite(pAp))
+            bad = active & (here < -10 * eps * scale)
+            negative = negative | bad
+            active = active & (here > 10 * eps * scale) & ~broken
+            steady = active | (bad & cold) if k == 0 else active
+            alpha = torch.where(steady, rr / pAp.abs(), zero)
+            ahead = (rr + alpha * (alpha * ApAp - 2 * rAp)).clamp_min(0)
+            beta = torch.where(active, ahead / rr, zero)
+            moves = still + alpha * by_alpha + beta * by_beta
+            torch.mm(moves, rows, out=other[:3])
+            rows, other = other, rows
+            steps = steps + active
+            going = active & (ahead + 8 * eps * rr > target)
+        return rows, {
+            "num_steps": steps,
+            "negative_curvature": negative,
+            "curvature": curvature,
+            "broken": broken,
+        }
 
 
-def _moves(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _inner_products(rows: Tensor) -> Tensor:
+    """Those of r, p and A p with each other, (3, 3), from one operation."""
+    return rows[1:] @ rows[1:].mT
+
+
+def _moves(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The step (x, r, p, A p) ↦ (x + α p, r − α A p, r − α A p + β p) as M_0 + α M_1 + β M_2."""
-    still = b.new_tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
-    by_alpha = b.new_tensor([[0, 0, 1, 0], [0, 0, 0, -1], [0, 0, 0, -1]])
-    by_beta = b.new_tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
+    still = like.new_tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
+    by_alpha = like.new_tensor([[0, 0, 1, 0], [0, 0, 0, -1], [0, 0, 0, -1]])
+    by_beta = like.new_tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
     return still, by_alpha, by_beta
 
 
