@@ -393,3 +393,32 @@ def test_what_a_solve_in_the_space_of_outputs_needs():
         few_shot_head("sample_space(max_bytes=1000)").hypergradient()
     with pytest.raises(tb.SolverLimit, match="has no factors|needs factors"):
         tb.SampleSpace().solve(tb._solvers.Operator(lambda v: v, 3), torch.ones(3))
+
+
+def test_explain_names_the_engine_its_cost_and_what_would_be_faster():
+    optimizer, _, _ = network("traced")
+    optimizer.hypergradient()
+    text = optimizer.explain()
+    assert "products: 'traced', as you asked: a recorded program" in text
+    assert "cost: " in text and "products in" in text
+    assert "recorded program of 'train_loss'" in text and "operations a product" in text
+    optimizer, _, _ = network("double_backward")
+    assert "'double_backward', the default" in optimizer.explain()
+    assert "few parameters: estimator='direct'" in optimizer.explain()
+    assert "products='traced(compile=True)'" in optimizer.explain()
+    W, x = torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([W], lr=0.1), torch.optim.SGD([x], lr=0.1)
+    )
+    optimizer.inner_loss(lambda: F.cross_entropy((W * x).T, torch.tensor([0, 1, 1])))
+    assert "ops.linear_cross_entropy" in optimizer.explain()
+    fused = few_shot_head("cg", "double_backward", ops=True)
+    assert "ops.linear_cross_entropy" not in fused.explain()
+    layer = nn.TransformerEncoderLayer(4, 1, 8, dropout=0.0, batch_first=True)
+    x = torch.ones(2, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        modules=layer,
+    )
+    assert "fused attention by its mathematical form" in optimizer.explain()

@@ -142,13 +142,13 @@ class Wording:
         adjoint: what becomes of v.
         batches: which inner batches are used.
         problem: what is asked of the inner problem; None where its stationarity is.
-        products: which engine computes second-order products.
+        products: how second-order products are computed; None where ``products=`` says it.
     """
 
     adjoint: str
     batches: str
     problem: str | None = None
-    products: str = "double backward through one cached graph"
+    products: str | None = None
 
 
 class Estimator(abc.ABC):

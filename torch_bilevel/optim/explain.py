@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..errors import NoUpdateRule
 from ..inner import RULES, find_rule, stationarity
+from ..products import DoubleBackward, Recording
 
 if TYPE_CHECKING:
     from .bilevel import BilevelOptimizer
+
+ATTENTION = (
+    torch.nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer,
+)
 
 
 def explain(optimizer: BilevelOptimizer) -> str:
@@ -35,12 +45,81 @@ def explain(optimizer: BilevelOptimizer) -> str:
         f"  outer losses: {_outer(optimizer)}",
         f"  inner batches: {words.batches}",
         f"  inner problem: {_system(optimizer, words.problem)}",
-        f"  products: {words.products}, vectors in "
+        f"  products: {words.products or _engine(optimizer)}, vectors in "
         f"{str(inner.dtype).removeprefix('torch.')} on {inner.device}",
+        *_cost(optimizer),
+        *_replaced(optimizer),
+        *([] if words.products else _faster(optimizer)),
         f"  recorded now: {len(optimizer._recorder.window)} inner steps, "
         f"{optimizer._recorder.window.nbytes() / 2**20:.1f} MiB",
     ]
     return "\n".join(lines)
+
+
+def _engine(optimizer: BilevelOptimizer) -> str:
+    engine = optimizer.products
+    why = ", the default" if engine == DoubleBackward() else ", as you asked"
+    return f"{str(engine)!r}{why}: {engine.words}"
+
+
+def _cost(optimizer: BilevelOptimizer) -> list[str]:
+    """What the last outer step took, and what is known of a product."""
+    lines = []
+    report = optimizer.last_report
+    if report is not None:
+        lines.append(
+            f"  cost: {report.products} products in {report.seconds:.3g} s in the last "
+            "hypergradient"
+        )
+    programs = [
+        r for r in optimizer.problem.recorded.values() if isinstance(r, Recording)
+    ]
+    for program in programs:
+        operations, nbytes = program.size()
+        lines.append(
+            f"  recorded program of {program.name!r}: {operations} operations a product, "
+            f"{nbytes / 2**20:.1f} MiB kept of a point"
+        )
+    return lines
+
+
+def _replaced(optimizer: BilevelOptimizer) -> list[str]:
+    """What is evaluated by other kernels than the loop's own."""
+    modules = optimizer.problem.modules
+    found = []
+    if any(isinstance(m, ATTENTION) for m in modules.members.values()):
+        found.append("fused attention by its mathematical form")
+    if "torch._dynamo" in sys.modules:
+        found.append("compiled functions, if there are any, by eager ones")
+    if modules.recurrent:
+        found.append("cuDNN's recurrent kernels by PyTorch's own")
+    if modules.weight_norm:
+        found.append("the fused weight normalisation by its definition")
+    return [f"  replaced while differentiating: {', '.join(found)}"] if found else []
+
+
+def _faster(optimizer: BilevelOptimizer) -> list[str]:
+    """What would take less time, where that can be told."""
+    inner = optimizer.problem.inner
+    known: set[str] = set()
+    for loss in optimizer.inner_losses.values():
+        code = getattr(loss.function, "__code__", None)
+        known |= set(getattr(code, "co_names", ()))
+    advice = []
+    shapes = sorted(len(shape) for shape in inner.layout.shapes)
+    linear = shapes in ([2], [1, 2])
+    if linear and not any(name.startswith("linear_") for name in known):
+        advice.append(
+            "one linear layer: torch_bilevel.ops.linear_cross_entropy (linear_logistic, "
+            "linear_squared_error) in the inner loss"
+        )
+    elif not linear and optimizer.products == DoubleBackward():
+        advice.append(
+            "several hundred products or more: products='traced(compile=True)'"
+        )
+    if inner.layout.numel <= 1000 and "direct" not in str(optimizer.estimator):
+        advice.append("few parameters: estimator='direct' solves exactly")
+    return [f"  may be faster: {'; '.join(advice)}"] if advice else []
 
 
 def _when(optimizer: BilevelOptimizer) -> str:

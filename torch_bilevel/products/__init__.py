@@ -12,6 +12,7 @@ from .double_backward import DoubleBackward as DoubleBackward
 from .finite_difference import CentralDifference as CentralDifference
 from .forward_over_reverse import ForwardOverReverse as ForwardOverReverse
 from .gauss_newton import GaussNewton as GaussNewton
+from .traced import Recording as Recording
 from .traced import Traced as Traced
 
 REGISTRY: dict[str, type[Products]] = {

@@ -159,7 +159,7 @@ class Recording:
     """
 
     def __init__(self, problem: BilevelProblem, call: Call, options: Traced):
-        self.problem, self.options = problem, options
+        self.problem, self.options, self.name = problem, options, call.name
         self.reached = [False] * len(problem.outer.tensors)
         tensors, _, _ = _flatten(problem, call)
         v = problem.inner.layout.zeros()
@@ -175,7 +175,7 @@ class Recording:
         self.prefix, self.kept, self.order = split(module, 0, [0, 1])
         self.module = module
         self._products: dict[tuple[bool, bool], Callable[..., Any]] = {}
-        self.checked = False
+        self.nbytes = 0
 
     def _program(self, call: Call) -> Callable[..., Any]:
         problem = self.problem
@@ -240,7 +240,13 @@ class Recording:
             return None
         own = {_address(t) for t in problem.inner.tensors + problem.outer.tensors}
         kept = [t.clone() if _address(t) in own else t for t in kept]
+        self.nbytes = sum(t.numel() * t.element_size() for t in kept)
         return Values(gradient, kept)
+
+    def size(self) -> tuple[int, int]:
+        """Operations in a joint product, and bytes kept of a point."""
+        graph = product(self.module, self.kept, self.order, [2, 3]).graph
+        return sum(node.op == "call_function" for node in graph.nodes), self.nbytes
 
     def apply(
         self, values: Values, v: Tensor, inner: bool, outer: bool
