@@ -127,6 +127,25 @@ def test_the_update_rule_of_the_docs_works(monkeypatch):
     assert tb.check_hypergradient(optimizer).relative_error < 1e-6
 
 
+def test_the_fused_loss_of_the_docs_works():
+    (code,) = blocks("docs/products.md")
+    model, weights = torch.nn.Linear(4, 3), torch.zeros(20, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD([weights], lr=0.1)
+    )
+    space = {"optimizer": optimizer, "model": model, "weights": weights}
+    exec(code, space)
+    x, y, index = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6)
+    losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    expected = (weights[index].sigmoid() * losses).mean()
+    torch.testing.assert_close(space["train_loss"](x, y, index), expected)
+
+
+def test_every_engine_is_in_the_table_of_the_products_page():
+    text = (ROOT / "docs/products.md").read_text("utf8")
+    assert all(f'products="{name}' in text for name in tb.products())
+
+
 def test_every_error_has_an_entry_in_the_troubleshooting_page():
     text = (ROOT / "docs/troubleshooting.md").read_text("utf8")
     for name in tb.errors.__all__:
@@ -158,6 +177,7 @@ def example(name):
 
 # For a handful of outer numbers, of one step only, or noisy: not for a thousand weights.
 OTHER_JOBS = {"displacement", "first_order", "forward", "forward_gradient", "one_step"}
+OTHER_JOBS |= {"sample_space"}  # with products="gauss_newton", below
 
 
 # Other names for parts that are tried, and what needs numbered batches.
@@ -208,8 +228,31 @@ def test_data_cleaning_on_digits(estimator, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ops"],
+        ["--ops", "--products", "traced"],
+        ["--products", "traced"],
+        ["--products", "gauss_newton"],
+        ["--products", "gauss_newton", "--estimator", "sample_space"],
+    ],
+)
+def test_data_cleaning_with_other_products(arguments, tmp_path):
+    """The same table as with plain losses and double backward, up to rounding."""
+    short = ["--outer-steps", "12", "--output", str(tmp_path)]
+    main = example("data_cleaning.py")["main"]
+    plain = main([*short, "--estimator", "direct"])
+    found = main([*short, "--estimator", "cg(max_steps=200, rtol=1e-6)", *arguments])
+    name = "test accuracy with cleaning"
+    accuracies = [float(t[name].split()[0]) for t in (plain, found)]
+    assert abs(accuracies[0] - accuracies[1]) < 0.5
+    assert abs(float(plain["F1"]) - float(found["F1"])) < 0.01
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--products", "trace"], r"traced"),
         (["--corruption", "1"], r"must lie in \[0, 1\)"),
         (["--corruption", "-0.1"], r"must lie in \[0, 1\)"),
         (["--estimator", "cgg"], r"Did you mean 'cg'"),

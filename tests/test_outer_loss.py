@@ -22,7 +22,9 @@ def ready(estimator="cg", num_steps=3, problem=None):
 ESTIMATORS = [*cases.ESTIMATORS, "checkpointed"]
 
 
-@pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - cases.RANDOM - cases.NEEDS_OUTPUTS))
+@pytest.mark.parametrize(
+    "estimator", sorted(set(ESTIMATORS) - cases.RANDOM - cases.NEEDS_OUTPUTS)
+)
 def test_backward_is_the_hypergradient_bit_for_bit(estimator):
     problem, optimizer = ready(estimator)
     problem.valid().backward()

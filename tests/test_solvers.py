@@ -243,7 +243,7 @@ def test_solutions_are_linear_in_the_right_hand_side(eigenvalues, seed, c):
 @pytest.mark.parametrize("rtol", [0.0, 1e-6])
 @pytest.mark.parametrize("kind", ["definite", "indefinite", "singular", "zero", "nan"])
 def test_cg_on_the_host_and_on_a_device_are_the_same(kind, rtol, dtype):
-    """Numbers in Python, or masks; three operations on vectors a step, and no look at the device."""
+    """Numbers in Python, or masks: three operations on vectors a step, no look at the device."""
     torch.manual_seed(0)
     d = {
         "definite": torch.linspace(1, 30, 12),

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
 
 
@@ -70,7 +71,7 @@ def _clean(graph: Graph) -> None:
         if node.op != "call_function":
             continue
         args = node.args
-        if node.target in _SAME:
+        if node.target in _SAME or _reshapes_nothing(node):
             node.replace_all_uses_with(args[0])
         elif node.target is aten.t.default and args[0].target is aten.t.default:  # type: ignore[union-attr]
             node.replace_all_uses_with(args[0].args[0])  # type: ignore[union-attr]
@@ -82,6 +83,15 @@ def _clean(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
+
+
+def _reshapes_nothing(node: Node) -> bool:
+    """A view of the shape that its input has."""
+    if node.target not in _VIEWS or not isinstance(node.args[0], Node):
+        return False
+    before, after = (n.meta.get("val") for n in (node.args[0], node))
+    known = isinstance(before, Tensor) and isinstance(after, Tensor)
+    return known and before.shape == after.shape and before.dtype == after.dtype
 
 
 def _random(node: Node) -> bool:
