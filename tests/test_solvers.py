@@ -293,9 +293,26 @@ def test_cg_takes_three_operations_on_vectors_a_step_and_waits_for_nothing():
         rows, A = torch.stack([0 * b, b, b, b]), torch.linspace(1, 9, 100)
         fixed = A * b  # what the product costs is not counted
         with counter:
-            getattr(solver, run)(Operator(lambda p: fixed, 100), rows, b.new_zeros(()))
+            operator = Operator(lambda p: fixed, 100)
+            getattr(solver, run)(operator, rows, b.new_zeros(()), torch.tensor(True))
         return counter.vectors, counter.waits
 
     for run in ("_on_host", "_on_device"):
         more, less = count(6, run), count(2, run)
         assert more[0] - less[0] <= 4 * 3 and more[1] - less[1] == 0
+
+
+@pytest.mark.parametrize("scale_A", [1e-25, 1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("scale_b", [1e-30, 1e-12, 1.0, 1e15])
+def test_cg_does_not_depend_on_units(scale_A, scale_b):
+    """In float32, whose squares end at 1e-45 and 1e38."""
+    torch.manual_seed(0)
+    d, b = torch.linspace(1, 10, 6, dtype=torch.float32), torch.randn(6).float()
+    found = CG(max_steps=20, rtol=1e-5).solve(
+        Operator(lambda v: scale_A * (d * v), 6), scale_b * b
+    )
+    expected = (b / d).double() * (scale_b / scale_A)
+    if expected.abs().max() > 1e37 or expected.abs().max() < 1e-37:
+        return  # not a number of this precision
+    error = (found.value.double() - expected).norm() / expected.norm()
+    assert error < 1e-4 and found.status == "converged"

@@ -27,6 +27,7 @@ __all__ = [
     "OpaqueStep",
     "OuterDataExhausted",
     "OuterOutsideLoss",
+    "RecordingWarning",
     "ReplayMismatch",
     "SolverLimit",
     "StalePoint",
@@ -166,3 +167,7 @@ class TrajectoryTooLong(BilevelError):
 
 class UnknownName(BilevelError, ValueError):
     """An estimator, solver or option of that name does not exist."""
+
+
+class RecordingWarning(BilevelWarning):
+    """Programs of a loss are recorded again and again."""

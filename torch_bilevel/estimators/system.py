@@ -156,8 +156,9 @@ class System:
         v_ = self.signed(v)
         inner = self._problem.inner
         with foreseen(inner.tensors, inner.layout.split(v_)):
-            point = self.linearization
-        Hv, Jv = point.joint(v_)
+            Hv, Jv = self.linearization.joint(
+                v_
+            )  # checkpoints are evaluated again in here
         return self._decayed(Hv, v), Jv
 
     def _decayed(self, Hv: Tensor, v: Tensor) -> Tensor:

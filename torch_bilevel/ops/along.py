@@ -35,7 +35,6 @@ class _LossAlong(Function):
             weight, bias, omega, x, target, share, losses, state, u, dW, db
         )
         ctx.link = link
-        ctx.wanted = ctx.needs_input_grad[:3]
         return each.sum()
 
     @staticmethod
@@ -102,8 +101,8 @@ class _GradientAlong(Function):
         wanted = (False, needs[0], needs[1], False, needs[2], needs[11])
         if torch.is_grad_enabled():
             raise NoThirdDerivative(
-                "A loss that was evaluated for one foreseen direction was differentiated three "
-                "times. Evaluate it again outside `foreseen`."
+                "torch_bilevel.ops were differentiated three times, in a single-loop estimator. "
+                "Write the loss with torch.nn.functional instead."
             )
         if vω is None and same(vW, dW) and same(vb, db):
             cW, cb = hW, hb

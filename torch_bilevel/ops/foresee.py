@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 _known: list[dict[int, Tensor]] = []
@@ -35,7 +36,7 @@ def direction(
     weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None] | None:
     """The parts of the foreseen direction of weight and bias; None where none is."""
-    if not _known:
+    if not _known or torch._C._are_functorch_transforms_active():
         return None
     known = _known[-1]
     if id(weight) not in known or (bias is not None and id(bias) not in known):

@@ -216,7 +216,7 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
         u, m, curved = _along(part, state, dx_, dW, db, dt_)
         q = a * curved
         need = dω_ is not None or crossed
-        r = link.residual(state, t) if need else None
+        r: Any = link.residual(state, t) if need else None
         if dω_ is not None:
             q = q + (sκ * dω_) * r
         if to_weight:

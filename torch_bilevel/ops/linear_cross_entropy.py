@@ -107,7 +107,8 @@ def linear_cross_entropy(
 
     Raises:
         InvalidLoss: shapes, dtypes or options do not fit.
-        NoThirdDerivative: it is differentiated three times.
+        NoThirdDerivative: it is differentiated three times. (Below n·d·c = 2²⁰ the loss is made of
+            plain operations, which have all derivatives.)
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -124,6 +125,10 @@ def linear_cross_entropy(
     if single:
         x, target = x.unsqueeze(0), target.unsqueeze(0)
     check(name, x, weight, bias, example_weights, reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise InvalidLoss(
+            f"{name}(label_smoothing={label_smoothing}) is not in [0, 1]."
+        )
     soft = target.is_floating_point()
     if soft:
         target = real_target(name, target, x, weight)

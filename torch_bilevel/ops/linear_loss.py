@@ -43,10 +43,9 @@ class _Loss(Function):
         if not summed:
             return times(times(losses.clone(), share), omega), losses, state
         each = losses if losses.dim() == 1 or omega is None else losses.sum(0)
-        whole = share is None or share.dim() == 0
-        each = times(each, omega if whole else times(share, omega))
-        total = each.sum()
-        return times(total, share) if whole else total, losses, state
+        if share is None or share.dim() == 0:
+            return times(times(each, omega).sum(), share), losses, state
+        return (each * times(share, omega)).sum(), losses, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -181,7 +180,7 @@ def _applied(cls: type[Function]) -> Callable[..., Any]:
         return output
 
     body = {"forward": staticmethod(forward), "backward": cls.backward}
-    eager: Any = type(Function)(cls.__name__, (Function,), body)
+    eager: Any = type(Function)(cls.__name__, (Function,), body)  # type: ignore[call-arg]
 
     def apply(*inputs: Any) -> Any:
         transformed = torch._C._are_functorch_transforms_active()

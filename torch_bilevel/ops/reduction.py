@@ -38,7 +38,8 @@ def check(
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise InvalidLoss(
             f"{name}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be "
-            "(n, d) and (c, d). Flatten what stands before the features: x.flatten(0, -2)."
+            "(n, d) and (c, d), as nn.Linear has them. Images: x.flatten(1); sequences: "
+            "x.flatten(0, -2)."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InvalidLoss(
@@ -92,7 +93,7 @@ def plain_loss(
     weight: Tensor,
     bias: Tensor | None,
     example_weights: Tensor | None,
-    count: Tensor | None,
+    count: int | Tensor | None,
     reduction: str,
 ) -> Tensor:
     """The same by operations of PyTorch.
@@ -157,7 +158,8 @@ def loss_of(
             share = share / share.sum()
     summed = reduction != "none"
     if cutting():  # the model ends at the outputs: its loss is a function of its own
-        z = model_output(F.linear(x.to(dtype), weight.to(dtype), bias))
+        to_bias = None if bias is None else bias.to(dtype)
+        z = model_output(F.linear(x.to(dtype), weight.to(dtype), to_bias))
         losses = times(times(link.value(z.mT, target)[0], share), example_weights)
         losses = losses.sum() if summed else losses
         return losses.mT if losses.dim() == 2 else losses

@@ -45,19 +45,24 @@ def explain(optimizer: BilevelOptimizer) -> str:
         f"  outer losses: {_outer(optimizer)}",
         f"  inner batches: {words.batches}",
         f"  inner problem: {_system(optimizer, words.problem)}",
-        f"  products: {words.products or _engine(optimizer)}, vectors in "
+        f"  products: {words.products or _engine(optimizer, words.problem)}, vectors in "
         f"{str(inner.dtype).removeprefix('torch.')} on {inner.device}",
         *_cost(optimizer),
         *_replaced(optimizer),
-        *([] if words.products else _faster(optimizer)),
+        *([] if words.products or words.problem else _faster(optimizer)),
         f"  recorded now: {len(optimizer._recorder.window)} inner steps, "
         f"{optimizer._recorder.window.nbytes() / 2**20:.1f} MiB",
     ]
     return "\n".join(lines)
 
 
-def _engine(optimizer: BilevelOptimizer) -> str:
+def _engine(optimizer: BilevelOptimizer, problem: str | None) -> str:
     engine = optimizer.products
+    if (
+        problem is not None
+    ):  # steps are differentiated one by one, on a graph of their own
+        unused = "" if engine == DoubleBackward() else f"; {str(engine)!r} is not used"
+        return f"double backward of each step{unused}"
     why = ", the default" if engine == DoubleBackward() else ", as you asked"
     return f"{str(engine)!r}{why}: {engine.words}"
 

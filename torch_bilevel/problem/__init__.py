@@ -12,6 +12,7 @@ from .data import DataSource as DataSource
 from .kept import keep as keep
 from .linearization import Linearization as Linearization
 from .modules import ModuleSet as ModuleSet
+from .modules import reachable_numbers as reachable_numbers
 from .once import raise_if_no_second_derivative as raise_if_no_second_derivative
 from .point import Point as Point
 from .problem import BilevelProblem as BilevelProblem

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 Flags = list[tuple[nn.Module, bool]]
 _training = attrgetter("training")
+_PLAIN = (bool, int, float, str)
 
 
 class ModuleSet:
@@ -157,13 +158,32 @@ def _watching(on_forward: Callable[[nn.Module, Any], None]) -> Iterator[None]:
         handle.remove()
 
 
-def _reachable(function: Callable[..., Any], arguments: tuple) -> list[nn.Module]:
-    """Modules a function can name: through closures, globals, objects and helper functions."""
+def reachable_numbers(function: Callable[..., Any], modules: Iterable[Any]) -> tuple:
+    """The numbers, flags and words a function can name, and those that modules hold, in order."""
+    found: list[Any] = []
+    _reachable(function, (), found)
+    for module in modules:
+        found += [v for v in vars(module).values() if isinstance(v, _PLAIN)]
+    return tuple((type(value), value) for value in found)
+
+
+def _reachable(
+    function: Callable[..., Any], arguments: tuple, plain: list[Any] | None = None
+) -> list[nn.Module]:
+    """Modules a function can name: through closures, globals, objects and helper functions.
+
+    Args:
+        function: the function.
+        arguments: what it is called with.
+        plain: gets the numbers, flags and words it can name.
+    """
     found: list[nn.Module] = []
     seen: set[int] = set()
 
     def look(value: Any, depth: int) -> None:
-        if isinstance(value, nn.Module):
+        if plain is not None and isinstance(value, _PLAIN):
+            plain.append(value)
+        elif isinstance(value, nn.Module):
             found.append(value)
         elif not depth or id(value) in seen or isinstance(value, (Tensor, type)):
             return
@@ -189,15 +209,15 @@ def _reachable(function: Callable[..., Any], arguments: tuple) -> list[nn.Module
             look((inner.args, inner.keywords), depth)
             inner = inspect.unwrap(inner.func)
         look(getattr(inner, "__self__", None), depth)
-        plain = getattr(inner, "__func__", inner)
-        for cell in getattr(plain, "__closure__", None) or ():
+        bare = getattr(inner, "__func__", inner)
+        for cell in getattr(bare, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 look(cell.cell_contents, depth)
-        names = getattr(getattr(plain, "__code__", None), "co_names", ())
-        space = getattr(plain, "__globals__", {})
+        names = getattr(getattr(bare, "__code__", None), "co_names", ())
+        space = getattr(bare, "__globals__", {})
         for name in names:
             look(space.get(name), depth)
-        look(getattr(plain, "__defaults__", None), depth)
+        look(getattr(bare, "__defaults__", None), depth)
 
     look_into(function, 4)
     look(arguments, 3)

@@ -1,27 +1,28 @@
 """Operations of PyTorch that can be differentiated only once: how to recognise them, the way round.
 
-Most raise when they are differentiated twice, each in its own words. One kind does not: the node
-that ``once_differentiable`` leaves in the graph raises only if something differentiable lies behind
-it, and as nothing does, that part of H v and J v would silently be zero. Its graph is looked
-through, once for every function.
+Most raise when they are differentiated twice, each in its own words. One kind does not: what
+``once_differentiable`` leaves in the graph leads nowhere, so that part of H v and J v would
+silently be zero. The graph of every loss is looked through for it, once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import NoSecondDerivative
 
 _MESSAGES = re.compile(
-    r"does not currently support double backward|derivative for|is not implemented"
+    r"does not currently support double backward|derivative for .* is not implemented"
     r"|not differentiable twice|marked with @once_differentiable"
     r"|trying to differentiate twice|checkpoint is incompatible with \.grad"
     r"|no autograd formula was registered|_nested_tensor|Trying to use forward AD"
-    r"|implement the jvp function|Nested forward mode AD|set a forward gradient"
+    r"|ZeroTensors are immutable|implement the jvp function|Nested forward mode AD"
+    r"|set a forward gradient"
 )
 _WAYS_ROUND = {
     "embedding_bag": "nn.EmbeddingBag: nn.Embedding, and the mean, sum or max of its rows",
@@ -39,6 +40,8 @@ _WAYS_ROUND = {
     "forward AD": "an operation without forward derivative: products='double_backward'",
     "forward mode": "forward mode inside the loss: products='double_backward'",
     "forward gradient": "an operation without forward derivative: products='double_backward'",
+    "ZeroTensors": "an operation (F.mse_loss) without forward derivative of its backward: "
+    "products='double_backward'",
     "jvp function": "a function without jvp: products='double_backward'",
 }
 _CUSTOM = (
@@ -67,43 +70,76 @@ def _message(text: str) -> str:
     )
 
 
+_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
 def refuse_once_differentiable(
-    parts: Iterable[Tensor | None], loss: Tensor, name: str
+    parts: Iterable[Tensor | None], losses: Sequence[Tensor], name: str, inner: Set[int]
 ) -> None:
     """Look for what would be left out of second derivatives without an error.
 
     Args:
         parts: ∇_y g with its graph.
-        loss: g with its graph.
+        losses: g, and where its graph is cut what it is cut from, with their graphs.
         name: of the loss.
+        inner: ids of the inner parameters; what does not depend on them is no matter.
 
     Raises:
         NoSecondDerivative: a function on the way is differentiable once only.
     """
-    if not any(type(node).__name__ == "Error" for node in _nodes(parts)):
-        return
-    found = {type(node)._forward_cls for node in _nodes([loss]) if _custom(node)}
-    names = sorted({cls.__name__ for cls in found})
-    raise NoSecondDerivative(
-        _message(
-            f"{name!r} uses a function marked with @once_differentiable (custom functions in its "
-            f"graph: {', '.join(names)})."
+    nodes = _nodes(losses)
+    names = {
+        type(node)._forward_cls.__name__
+        for node in _above(nodes, inner)
+        if _is_once_differentiable(node)
+    }
+    if not names and any(type(node).__name__ == "Error" for node in _nodes(parts)):
+        names = {cls.__name__ for n in nodes if (cls := _custom(n)) is not None}
+    if names:
+        raise NoSecondDerivative(
+            _message(
+                f"{name!r} uses a function marked with @once_differentiable "
+                f"({', '.join(sorted(names))})."
+            )
         )
-    )
 
 
-def _custom(node: Any) -> bool:
-    return hasattr(type(node), "_forward_cls")
+def _custom(node: Any) -> Any:
+    return getattr(type(node), "_forward_cls", None)
 
 
-def _nodes(tensors: Iterable[Tensor | None]) -> Iterable[Any]:
-    """Every node of the graphs of some tensors."""
-    stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
-    seen = set()
+def _is_once_differentiable(node: Any) -> bool:
+    function = getattr(_custom(node), "backward", None)
+    while function is not None:  # other decorators may stand around it
+        if getattr(function, "__code__", None) is _ONCE:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _above(nodes: Sequence[Any], inner: Set[int]) -> set[Any]:
+    """The nodes that depend on inner parameters."""
+    users: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for parent, _ in node.next_functions:
+            users.setdefault(parent, []).append(node)
+    stack = [n for n in nodes if id(getattr(n, "variable", None)) in inner]
+    found: set[Any] = set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [parent for parent, _ in node.next_functions]
+        if node not in found:
+            found.add(node)
+            stack += users.get(node, [])
+    return found
+
+
+def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """Every node of the graphs of some tensors."""
+    stack = [t.grad_fn for t in tensors if t is not None]
+    seen: dict[Any, None] = {}
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen[node] = None
+            stack += [parent for parent, _ in node.next_functions]
+    return list(seen)

@@ -70,7 +70,7 @@ class BilevelProblem:
         self.num_products = 0
         self.recorded: dict[Any, Any] = {}  # what engines keep from point to point
         self._watched: set[int] = set()
-        self._twice: set[int] = set()  # functions known to be twice differentiable
+        self.twice: set[Any] = set()  # functions known to be twice differentiable
         self.walked: set[int] = set()  # functions whose graph was looked through
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
@@ -193,6 +193,19 @@ class BilevelProblem:
             )
         return result
 
+    def look_through(
+        self,
+        call: Call,
+        parts: Sequence[Tensor | None],
+        losses: Sequence[Tensor],
+        leaves: Sequence[Tensor] = (),
+    ) -> None:
+        """Refuse functions that are differentiable once only; see `once`."""
+        if call.function not in self.twice:
+            inner = self.inner.ids | {id(leaf) for leaf in leaves}
+            refuse_once_differentiable(parts, losses, call.name, inner)
+            self.twice.add(call.function)
+
     def value(self, call: Call) -> Tensor:
         """The loss of a call at the present point; inside `evaluating`."""
         return scalar(self._again(call), call.name)
@@ -232,9 +245,8 @@ class BilevelProblem:
                         wanted,
                         create_graph=create_graph,
                     )
-                    if create_graph and id(call.function) not in self._twice:
-                        refuse_once_differentiable(parts, loss, call.name)
-                        self._twice.add(id(call.function))
+                    if create_graph:
+                        self.look_through(call, parts, [loss])
             if all(part is None for part in parts[: len(self.inner.tensors)]):
                 raise Disconnected(
                     f"The inner loss {call.name!r} does not depend on any inner parameter "

@@ -11,13 +11,14 @@ derivative; one that is says so in reports.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._registry import changed, describe
+from ..errors import NonSymmetricSystem
 from ..problem import BilevelProblem, Linearization, Point, WeightedCall
 
 
@@ -57,10 +58,8 @@ def disagreement(
         for _ in range(2)
     )
     norm = torch.linalg.vector_norm
-    kind = min(
-        (t.dtype for t in problem.inner.tensors), key=lambda d: torch.finfo(d).bits
-    )
-    allowed = tolerance(kind)
+    bits = {d: torch.finfo(d).bits for d in precisions(problem, calls)}
+    allowed = tolerance(min(bits, key=bits.__getitem__))
     found, known = point.joint(v), problem.linearize(calls).joint(v)
     for name, ours, theirs in zip("HJ", found, known, strict=True):
         error, size = float(norm(ours - theirs)), float(norm(theirs))
@@ -76,10 +75,64 @@ def disagreement(
     return None
 
 
+def precisions(
+    problem: BilevelProblem, calls: Sequence[WeightedCall]
+) -> set[torch.dtype]:
+    """What gradients are computed in: the parameters' precision, and that of autocast."""
+    found = {t.dtype for t in problem.inner.tensors}
+    return found | {d for call, _ in calls for _, on, d in call.autocast if on and d}
+
+
+def refuse_maps(engine: Products, calls: Sequence[WeightedCall]) -> None:
+    """Refuse fixed points of maps, where products need a transpose.
+
+    Raises:
+        NonSymmetricSystem: a call is of a map.
+    """
+    if any(call.is_map for call, _ in calls):
+        raise NonSymmetricSystem(
+            "The inner problem is the fixed point of a map, which is not the minimum of a loss, "
+            f"and products={str(engine)!r} knows only those: use products='double_backward'."
+        )
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """Agreement asked of an engine, relative in norm."""
     bits = torch.finfo(dtype).bits
     return 1e-9 if bits == 64 else 1e-4 if bits == 32 else 5e-2
+
+
+def by_frozen(
+    calls: Sequence[WeightedCall],
+) -> list[tuple[Set[int], list[WeightedCall]]]:
+    """Calls together that had the same parameters frozen, which were constants to them."""
+    found: dict[frozenset[int], list[WeightedCall]] = {}
+    for call, weight in calls:
+        found.setdefault(frozenset(call.frozen), []).append((call, weight))
+    return list(found.items())
+
+
+def moving(problem: BilevelProblem, v: Tensor, frozen: Set[int]) -> Tensor:
+    """The direction v without the parts of parameters that are constants."""
+    if not frozen:
+        return v
+    layout = problem.inner.layout
+    return layout.flatten(
+        [
+            torch.zeros_like(part) if id(tensor) in frozen else part
+            for tensor, part in zip(problem.inner.tensors, layout.split(v), strict=True)
+        ]
+    )
+
+
+def added(
+    total: Sequence[Tensor | None], parts: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Sums, where what is missing is zero; an empty total is zero."""
+    return [
+        b if a is None else a if b is None else a + b
+        for a, b in zip(total or [None] * len(parts), parts, strict=True)
+    ]
 
 
 class Substitute(Point):

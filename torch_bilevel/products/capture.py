@@ -25,9 +25,7 @@ def failed(name: str, error: Exception) -> CaptureFailed:
         where = f" at {last.filename}:{last.lineno}: {last.line!r}"
     why = str(error).strip().splitlines() or [type(error).__name__]
     return CaptureFailed(
-        f"{name!r} could not be recorded for products='traced'{where}. {why[0]} Control flow that "
-        "depends on the values of tensors (if, while, .item(), bool(tensor)) cannot be recorded: "
-        "write it with torch.where, or use products='double_backward'."
+        f"{name!r} could not be recorded for products='traced'{where}. {why[0]} {_advice(why[0])}"
     )
 
 
@@ -45,6 +43,16 @@ def supported(asked: bool | None, v: Tensor) -> bool:
             "device. Leave the option out."
         )
     return False
+
+
+def _advice(why: str) -> str:
+    if "tracing tensor" in why or "data-dependent" in why:
+        return (
+            "Control flow that depends on the values of tensors (if, while, .item(), "
+            "bool(tensor)) cannot be recorded: write it with torch.where, or use "
+            "products='double_backward'."
+        )
+    return "Use products='double_backward'."
 
 
 @contextlib.contextmanager

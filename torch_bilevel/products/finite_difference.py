@@ -19,7 +19,15 @@ from torch import Tensor
 
 from .. import _checks
 from ..problem import BilevelProblem, WeightedCall
-from .base import Products, Substitute
+from .base import (
+    Products,
+    Substitute,
+    added,
+    by_frozen,
+    moving,
+    precisions,
+    refuse_maps,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,12 @@ class CentralDifference(Products):
     def linearize(
         self, problem: BilevelProblem, calls: Sequence[WeightedCall]
     ) -> DifferencedPoint:
-        """See `Products.linearize`."""
+        """See `Products.linearize`.
+
+        Raises:
+            NonSymmetricSystem: the inner problem is the fixed point of a map.
+        """
+        refuse_maps(self, calls)
         return DifferencedPoint(problem, calls, self.step)
 
 
@@ -78,8 +91,8 @@ class DifferencedPoint(Substitute):
         parts = [t.detach().double().reshape(-1) for t in problem.inner.tensors]
         self.y = torch.cat([part.to(problem.inner.layout.device) for part in parts])
         if step is None:
-            unit = max(torch.finfo(t.dtype).eps for t in problem.inner.tensors)
-            step = unit ** (1 / 3)
+            units = [torch.finfo(d).eps for d in precisions(problem, calls)]
+            step = max(units) ** (1 / 3)
         self.size = step * (1 + torch.linalg.vector_norm(self.y))
 
     @cached_property
@@ -91,28 +104,21 @@ class DifferencedPoint(Substitute):
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`."""
         problem = self.problem
-        norm = torch.linalg.vector_norm(v.double())
-        step = torch.where(norm > 0, self.size / norm, 0.0)
         total: list[Tensor | None] = []
         with problem.inner.swapped():
-            for sign in (1, -1):
-                at = self.y + (sign * step) * v.double()
-                problem.inner.overwrite(problem.inner.layout.split(at))
-                maps = any(call.is_map for call, _ in self.calls)
-                found = problem.inner_gradients(
-                    self.calls, once=True, outer=outer and not maps
-                )
-                exact = [None if part is None else part.double() for part in found]
-                total = (
-                    exact
-                    if sign > 0
-                    else [
-                        None if a is None or b is None else (a - b) / (2 * step)
-                        for a, b in zip(total, exact, strict=True)
-                    ]
-                )
+            for frozen, calls in by_frozen(self.calls):
+                w = moving(problem, v, frozen).double()
+                norm = torch.linalg.vector_norm(w)
+                step = torch.where(norm > 0, self.size / norm, 1.0)
+                ends = [
+                    self._gradients(calls, w, sign * step, outer) for sign in (1, -1)
+                ]
+                parts = [
+                    None if a is None or b is None else (a - b) / (2 * step)
+                    for a, b in zip(*ends, strict=True)
+                ]
+                total = added(total, parts)
         count = len(problem.inner.tensors)
-        zero = norm == 0
         H, J = total[:count], total[count:]
         if outer:
             self.reached = [
@@ -121,4 +127,13 @@ class DifferencedPoint(Substitute):
         nothing = v.new_empty(0)
         Hv = problem.inner.layout.flatten(H) if inner else nothing
         Jv = problem.outer.layout.flatten(J) if outer else nothing
-        return torch.where(zero, 0.0, Hv), torch.where(zero, 0.0, Jv)
+        return Hv, Jv
+
+    def _gradients(
+        self, calls: Sequence[WeightedCall], w: Tensor, step: Tensor, outer: bool
+    ) -> list[Tensor | None]:
+        """∇_y g and, if ``outer``, ∇_x g at y + step·w, in float64."""
+        problem = self.problem
+        problem.inner.overwrite(problem.inner.layout.split(self.y + step * w))
+        found = problem.inner_gradients(calls, once=True, outer=outer)
+        return [None if part is None else part.double() for part in found]

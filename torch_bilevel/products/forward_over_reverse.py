@@ -19,9 +19,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..errors import NonSymmetricSystem, NoSecondDerivative
+from ..errors import NoSecondDerivative
 from ..problem import BilevelProblem, WeightedCall
-from .base import Products, Substitute, disagreement
+from .base import (
+    Products,
+    Substitute,
+    added,
+    by_frozen,
+    disagreement,
+    moving,
+    refuse_maps,
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,7 @@ class ForwardOverReverse(Products):
             NonSymmetricSystem: the inner problem is the fixed point of a map.
             NoSecondDerivative: the products are not those of double backward.
         """
-        if any(call.is_map for call, _ in calls):
-            raise NonSymmetricSystem(
-                "The inner problem is the fixed point of a map, whose products need its "
-                "transpose: use products='double_backward'."
-            )
+        refuse_maps(self, calls)
         point = TangentPoint(problem, calls)
         for call, _ in calls:
             key = self, call.function
@@ -93,19 +97,24 @@ class TangentPoint(Substitute):
             NoSecondDerivative: an operation has no forward derivative of its backward.
         """
         problem = self.problem
-        with forward_ad.dual_level():
-            with self._moving(v), torch.autograd.set_grad_enabled(True):
-                found = problem.inner_gradients(self.calls, outer=outer)
-                tangents = [
+        tangents: list[Tensor | None] = []
+        reached: list[bool] = []
+        for frozen, calls in by_frozen(self.calls):
+            w = moving(problem, v, frozen)
+            with forward_ad.dual_level(), self._moving(w), torch.enable_grad():
+                found = problem.inner_gradients(calls, outer=outer)
+                parts = [
                     None if part is None else forward_ad.unpack_dual(part).tangent
                     for part in found
                 ]
+            here = [part is not None for part in found]
+            reached = [a or b for a, b in zip(reached or here, here, strict=True)]
+            tangents = added(tangents, parts)
         count = len(problem.inner.tensors)
         H, J = tangents[:count], tangents[count:]
         if outer:
             self.reached = [
-                a or part is not None
-                for a, part in zip(self.reached, found[count:], strict=True)
+                a or b for a, b in zip(self.reached, reached[count:], strict=True)
             ]
         nothing = v.new_empty(0)
         return (

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..errors import Disconnected, InvalidLoss, NonSymmetricSystem, SolverLimit
+from ..errors import BilevelError, Disconnected, InvalidLoss, SolverLimit
 from ..ops import cut_by, model_output
 from ..problem import BilevelProblem, Call, WeightedCall, like, scalar
-from .base import Products, Substitute
+from .base import Products, Substitute, refuse_maps
 
 CONVEX = (
     F.cross_entropy,
@@ -43,8 +43,10 @@ class GaussNewton(Products):
     """Products with the Gauss–Newton matrix instead of H, and with the exact J.
 
     Needs: outputs that are known: a loss of ``torch.nn.functional`` (cross_entropy, mse_loss, ...),
-    an operation of `torch_bilevel.ops`, or `model_output` around them. Costs: about 4/3 of a
-    gradient a product for dense layers. Approximate unless the model is linear in its parameters.
+    an operation of `torch_bilevel.ops`, or `model_output` around them; with other terms that read
+    outputs (a penalty on logits) mark them, else the model's curvature in those terms stays. Costs:
+    about 4/3 of a gradient a product for dense layers. Approximate unless the model is linear in
+    its parameters.
 
     Example:
         >>> import torch_bilevel as tb
@@ -67,26 +69,29 @@ class GaussNewton(Products):
             InvalidLoss: no model outputs are known.
             NonSymmetricSystem: the inner problem is the fixed point of a map.
         """
-        if any(call.is_map for call, _ in calls):
-            raise NonSymmetricSystem(
-                "The inner problem is the fixed point of a map, which has no Gauss–Newton matrix: "
-                "use products='double_backward'."
-            )
+        refuse_maps(self, calls)
         return GaussNewtonPoint(problem, calls)
 
 
 class _Cutting(TorchFunctionMode):
-    """Marks the first argument of losses that are convex in it."""
+    """Marks the first argument of losses that are convex in it, unless it comes from a mark."""
+
+    def __init__(self, piece: _Piece):
+        super().__init__()
+        self.piece = piece
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in CONVEX:
-            if args:
-                args = (model_output(args[0]), *args[1:])
-            else:
-                kwargs["input"] = model_output(kwargs["input"])
+            z = args[0] if args else kwargs["input"]
+            if not self.piece.comes_from_a_mark(z):
+                z = model_output(z)
+            args, kwargs = (
+                (z, *args[1:]),
+                {k: kwargs[k] for k in kwargs if k != "input"},
+            )
         return func(*args, **kwargs)
 
 
@@ -107,8 +112,17 @@ class _Piece:
         self.outputs: list[Tensor] = []
         self.leaves: list[Tensor] = []
         with problem.evaluating(call):
-            with cut_by(self._cut), _Cutting():
-                loss = scalar(problem.run(call), call.name)
+            try:
+                with cut_by(self._cut), _Cutting(self):
+                    loss = scalar(problem.run(call), call.name)
+            except RuntimeError as error:
+                if isinstance(error, BilevelError) or not self.outputs:
+                    raise
+                raise InvalidLoss(
+                    f"products='gauss_newton' cuts the graph at the outputs of the model, and "
+                    f"{call.name!r} does not bear it: {error} A loss that differentiates by "
+                    "itself needs products='double_backward'."
+                ) from error
             if not self.outputs:
                 raise InvalidLoss(
                     f"products='gauss_newton' needs to know the outputs of the model, and "
@@ -120,6 +134,7 @@ class _Piece:
             found = _gradients(
                 [loss], [like(weight, loss)], [*self.leaves, *inner], create_graph=True
             )
+            self.problem.look_through(call, found, [loss, *self.outputs], self.leaves)
             count = len(self.leaves)
             self.to_outputs = [
                 torch.zeros_like(leaf) if part is None else part
@@ -134,14 +149,18 @@ class _Piece:
                 f"The inner loss {call.name!r} does not depend on any inner parameter."
             )
 
+    def comes_from_a_mark(self, z: Tensor) -> bool:
+        """Whether z was computed from outputs that are marked already."""
+        if not self.leaves or not z.requires_grad:
+            return False
+        found = _gradients([z], [torch.ones_like(z)], self.leaves)
+        return any(part is not None for part in found)
+
     def _cut(self, z: Tensor) -> Tensor:
         """The end of the model's graph, and the beginning of the loss's."""
-        if not z.requires_grad or any(z is leaf for leaf in self.leaves):
+        if not z.requires_grad:
             return z
-        known = self.leaves
-        if known and any(
-            part is not None for part in _gradients([z], [torch.ones_like(z)], known)
-        ):
+        if self.comes_from_a_mark(z):
             raise InvalidLoss(
                 "products='gauss_newton': one output of the model is computed from another that "
                 "was marked before. Mark only the last ones with tb.model_output."
@@ -149,7 +168,7 @@ class _Piece:
         leaf = z.detach().requires_grad_()
         self.outputs.append(z)
         self.leaves.append(leaf)
-        return leaf
+        return leaf.clone()  # which may be written to
 
     def product(
         self, v: Sequence[Tensor], outer: Sequence[Tensor | None]
@@ -251,12 +270,14 @@ class GaussNewtonPoint(Substitute):
             layout.device, layout.dtype
         )
         Z, D = torch.cat(blocks), torch.block_diag(*curvatures)
-        ones = torch.ones_like(probe)
 
         def rest(v: Tensor) -> Tensor:
             return self.product(v, True, False)[0] - Z.T @ (D @ (Z @ v))
 
-        diagonal = rest(ones)
+        diagonal = layout.zeros()  # λ: exactly zero where the loss has no penalty
+        for piece in self.pieces:
+            ones = [torch.ones_like(part) for part in inner]
+            layout.add(diagonal, _gradients(piece.direct, ones, inner))
         scale = torch.linalg.vector_norm(self.product(probe, True, False)[0])
         error = torch.linalg.vector_norm(rest(probe) - diagonal * probe)
         tolerance = torch.finfo(layout.dtype).eps ** 0.5

@@ -81,7 +81,7 @@ def _clean(graph: Graph) -> None:
             if known is not node:
                 node.replace_all_uses_with(known)
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
+        if node.op == "call_function" and not node.users and not _random(node):
             graph.erase_node(node)
 
 
@@ -90,8 +90,9 @@ def _reshapes_nothing(node: Node) -> bool:
     if node.target not in _VIEWS or not isinstance(node.args[0], Node):
         return False
     before, after = (n.meta.get("val") for n in (node.args[0], node))
-    known = isinstance(before, Tensor) and isinstance(after, Tensor)
-    return known and before.shape == after.shape and before.dtype == after.dtype
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    return before.shape == after.shape and before.dtype == after.dtype
 
 
 def _random(node: Node) -> bool:
@@ -152,8 +153,8 @@ def split(
 
 
 def _drop_unused(graph: Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
+    for node in reversed(list(graph.nodes)):  # what draws stays: others draw after it
+        if node.op == "call_function" and not node.users and not _random(node):
             graph.erase_node(node)
 
 

@@ -6,12 +6,14 @@ inductor fuses the rest; a compiled model itself has no double backward (AOTAuto
 
 *Others*: tensors the loss reads besides its arguments: the live parameters, buffers, data sets.
 They are inputs of the recorded program and are read anew at every point; whatever else the loss
-reads (numbers, rebound names) is part of the recording. So the loss itself is evaluated once at
-every point, and recorded again if the program gives another value.
+reads is part of the recording. Numbers and flags that it can be seen to read (closures, globals,
+attributes of modules) choose the recording; and the loss itself is evaluated once at every point,
+and recorded again if the program gives another value.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,16 +22,27 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureFailed
-from ..ops import always_fused
-from ..problem import BilevelProblem, Call, WeightedCall, gradients, like, scalar
-from .base import Products, Substitute, disagreement, tolerance
+from ..errors import CaptureFailed, RecordingWarning, UnknownName
+from ..ops import always_fused, foreseen
+from ..problem import (
+    BilevelProblem,
+    Call,
+    WeightedCall,
+    gradients,
+    like,
+    reachable_numbers,
+    scalar,
+)
+from .base import Products, Substitute, disagreement, refuse_maps
 from .capture import CapturedProduct, failed, supported, uncompiled_functions
 from .trace import product, record, split
 
 ROUNDING = {
     torch.float64: 1e-9
 }  # agreement asked for, relative; 1e-4 in other precisions
+
+
+PROGRAMS = 16  # kept; each holds a few graphs
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,14 @@ class Traced(Products):
     compile: bool = False
     cuda_graph: bool | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("compile", "cuda_graph"):
+            value = getattr(self, name)
+            if not (
+                isinstance(value, bool) or (value is None and name == "cuda_graph")
+            ):
+                raise UnknownName(f"Traced({name}={value!r}): write True or False.")
+
     name: ClassVar[str] = "traced"
     words: ClassVar[str] = (
         "a recorded program: what does not depend on v once per point, the rest per product"
@@ -68,33 +89,55 @@ class Traced(Products):
         Raises:
             CaptureFailed: the loss cannot be recorded, or its recording disagrees.
         """
-        parts = []
-        for call, weight in calls:
-            key = (self, *_key(problem, call))
-            known = problem.recorded.get(key)
-            values = None if known is None else known.at(call)
-            if values is None:
-                known = Recording(problem, call, self)
-                problem.recorded[key] = known
-                values = known.at(call)
-                if values is None:
-                    raise CaptureFailed(
-                        f"The recorded program of {call.name!r} gives another loss than the "
-                        "function itself, right after it was recorded. Does it draw from a "
-                        "generator of its own? Use products='double_backward'."
-                    )
-                here = [(call, 1.0)]
-                point = TracedPoint(problem, here, [(known, values, 1.0)])
-                wrong = disagreement(problem, point, here)
-                if wrong is not None:
-                    del problem.recorded[key]
-                    raise CaptureFailed(
-                        f"The recorded program of {call.name!r} gives {wrong}. Use "
-                        "products='double_backward'."
-                    )
-            assert known is not None
-            parts.append((known, values, weight))
+        refuse_maps(self, calls)
+        with foreseen((), ()), always_fused():
+            parts = [(*self._recorded(problem, call), weight) for call, weight in calls]
         return TracedPoint(problem, calls, parts)
+
+    def _recorded(
+        self, problem: BilevelProblem, call: Call
+    ) -> tuple[Recording, Values]:
+        """The program for a call, recorded if there is none yet, and its values at the point."""
+        key = (self, *_key(problem, call))
+        known = problem.recorded.pop(key, None)
+        values = None if known is None else known.at(call)
+        if known is None or values is None:
+            known = Recording(problem, call, self)
+            values = known.at(call)
+            if values is None:
+                raise CaptureFailed(
+                    f"The recorded program of {call.name!r} gives another loss than the function "
+                    "itself, right after it was recorded. Does it draw from a generator of its "
+                    "own? Use products='double_backward'."
+                )
+            here = [(call, 1.0)]
+            point = TracedPoint(problem, here, [(known, values, 1.0)])
+            wrong = disagreement(problem, point, here)
+            if wrong is not None:
+                raise CaptureFailed(
+                    f"The recorded program of {call.name!r} gives {wrong}. Use "
+                    "products='double_backward'."
+                )
+        self._keep(problem, key, known)
+        return known, values
+
+    def _keep(self, problem: BilevelProblem, key: tuple, recording: Recording) -> None:
+        """The programs used last are kept; many of one loss mean that something keeps changing."""
+        problem.recorded[key] = recording
+        programs = [k for k, r in problem.recorded.items() if isinstance(r, Recording)]
+        if len(programs) > PROGRAMS:
+            del problem.recorded[programs[0]]
+            if not problem.recorded.get("warned"):
+                problem.recorded["warned"] = True
+                warnings.warn(
+                    f"products='traced' recorded more than {PROGRAMS} programs, the last one of "
+                    f"{recording.name!r}: recording takes seconds. Something changes all the "
+                    "time: shapes of batches, a number among the arguments, an attribute or "
+                    "global that the loss reads, or the function itself (a lambda made anew). "
+                    "Pass numbers as tensors, or use products='double_backward'.",
+                    RecordingWarning,
+                    stacklevel=2,
+                )
 
 
 def _flatten(problem: BilevelProblem, call: Call) -> tuple[list[Tensor], list, Any]:
@@ -134,7 +177,8 @@ def _key(problem: BilevelProblem, call: Call) -> tuple:
         metadata,
         plain,
         str(spec),
-        str(flags),
+        tuple((id(module), flag) for module, flag in flags),
+        reachable_numbers(call.function, problem.modules.members.values()),
         str(call.autocast),
         frozenset(call.frozen),
     )
@@ -167,7 +211,7 @@ class Recording:
             # buffers are copies in here: which tensor is which buffer
             places = {id(b): (m, n) for m, n, b in problem.modules.buffers()}
             try:
-                with uncompiled_functions(), always_fused():
+                with uncompiled_functions():
                     module, others = record(self._program(call), [v, *tensors])
             except Exception as error:
                 raise failed(call.name, error) from error
@@ -234,9 +278,9 @@ class Recording:
             ]
             found, gradient, *kept = self.prefix(v, *tensors, *others)
         size = loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
-        if not bool((found - loss).abs() <= tolerance(loss.dtype) * size) and bool(
-            torch.isfinite(loss)
-        ):
+        if not bool(
+            (found - loss).abs() <= 256 * torch.finfo(loss.dtype).eps * size
+        ) and bool(torch.isfinite(loss)):
             return None
         own = {_address(t) for t in problem.inner.tensors + problem.outer.tensors}
         kept = [t.clone() if _address(t) in own else t for t in kept]

@@ -70,28 +70,35 @@ class CG(Solver):
         """See `Solver.solve`."""
         # r = b − A x;  p: search direction
         x, r = start(operator, b, x0)
-        rows = torch.stack([x, r, r, r])  # x, r, p, A p
+        # In units of the largest |b|, so that squares of small numbers do not vanish
+        size = b.abs().amax() if len(b) else b.new_ones(())
+        size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
+        r, b = r / size, b / size
+        rows = torch.stack([torch.zeros_like(x), r, r, r])  # x − x₀, r, p, A p
         target = self.rtol**2 * torch.dot(b, b)
         run = self._on_host if b.device.type == "cpu" else self._on_device
         with full_precision(b.device):
-            rows, flags = run(operator, rows, target)
-        broken = flags.pop("broken")
-        x, r = torch.where(broken, torch.nan, rows[0]), rows[1]
+            rows, flags = run(operator, rows, target, ~x.any())
+        broken, unit = flags.pop("broken"), flags.pop("unit")
+        x = torch.where(broken, torch.nan, x + rows[0] * (size / unit))
+        r = rows[1]
         converged = torch.dot(r, r) <= target
         return solution(x, relative(r, b), converged=converged, **flags)
 
     def _on_host(
-        self, operator: Operator, rows: Tensor, target: Tensor
+        self, operator: Operator, rows: Tensor, target: Tensor, cold: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The iteration with numbers in Python, where reading a tensor waits for no device."""
         other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
-        cold, goal = not bool(rows[0].any()), float(target)
+        unit, goal = torch.ones_like(target), float(target)
         ahead = float(torch.dot(rows[1], rows[1]))
         steps, curvature, scale, negative, broken = 0, 0.0, 0.0, False, False
         for k in range(self.max_steps):
             if not ahead > goal:
                 break
-            rows[3] = operator(rows[2])
+            Ap = operator(rows[2])
+            unit = _unit(Ap, rows[2]) if k == 0 else unit
+            torch.div(Ap, unit, out=rows[3])
             (rr, _, rAp), (_, pp, pAp), (_, _, ApAp) = _inner_products(rows).tolist()
             if not (rr > goal and pp > 0):
                 break
@@ -105,7 +112,7 @@ class CG(Solver):
             good = curvature > 10 * eps * scale
             negative = curvature < -10 * eps * scale
             # Nothing to stop at yet: one step of length |α| along b, the T1–T2 answer.
-            if not (good or (negative and k == 0 and cold)):
+            if not (good or (negative and k == 0 and bool(cold))):
                 break
             # alpha minimises the A-norm of the error along p
             alpha = rr / abs(pAp)
@@ -123,16 +130,17 @@ class CG(Solver):
         return rows, {
             "num_steps": torch.tensor(steps),
             "negative_curvature": torch.tensor(negative),
-            "curvature": rows.new_tensor(curvature),
+            "curvature": curvature * unit,
             "broken": torch.tensor(broken),
+            "unit": unit,
         }
 
     def _on_device(
-        self, operator: Operator, rows: Tensor, target: Tensor
+        self, operator: Operator, rows: Tensor, target: Tensor, cold: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with masks, so that the host waits for nothing unless ``rtol`` asks for it."""
         other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
-        cold, zero = ~rows[0].any(), torch.zeros_like(target)
+        unit, zero = torch.ones_like(target), torch.zeros_like(target)
         active = going = torch.dot(rows[1], rows[1]) > target
         steps = torch.zeros((), dtype=torch.int64, device=rows.device)
         negative = broken = torch.zeros_like(active)
@@ -141,7 +149,9 @@ class CG(Solver):
         for k in range(self.max_steps):
             if self.rtol and not bool(going):
                 break
-            rows[3] = operator(rows[2])
+            Ap = operator(rows[2])
+            unit = _unit(Ap, rows[2]) if k == 0 else unit
+            torch.div(Ap, unit, out=rows[3])
             rr, _, rAp, _, pp, pAp, _, _, ApAp = _inner_products(rows).flatten()
             active = active & (rr > target)
             here = pAp / pp
@@ -163,9 +173,16 @@ class CG(Solver):
         return rows, {
             "num_steps": steps,
             "negative_curvature": negative,
-            "curvature": curvature,
+            "curvature": curvature * unit,
             "broken": broken,
+            "unit": unit,
         }
+
+
+def _unit(Ap: Tensor, p: Tensor) -> Tensor:
+    """The size of A, in which A p is measured: squares of a small A would vanish."""
+    unit = Ap.abs().amax() / p.abs().amax()
+    return torch.where((unit > 0) & torch.isfinite(unit), unit, 1.0)
 
 
 def _inner_products(rows: Tensor) -> Tensor:

@@ -85,4 +85,5 @@ class SampleSpace(Solver):
             residual,
             num_steps=torch.tensor(1, device=b.device),
             converged=residual <= torch.finfo(b.dtype).eps ** 0.5,
+            diverged=residual > 1,  # the precision does not carry so small a diagonal
         )
