@@ -298,3 +298,74 @@ def test_options_are_checked():
             torch.ones(2, 3), torch.ones(2, 3), None, torch.tensor([0, 1]),
             label_smoothing=1.5,
         )  # fmt: skip
+
+
+def test_traced_draws_the_same_numbers_in_every_memory_layout():
+    """A dropout of a permuted tensor, as in attention."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+    data, target = torch.randn(5, 4, 8), torch.randn(5, 4, 8)
+    x = torch.zeros(8, requires_grad=True)
+
+    def loss():
+        return ((layer(data * x.exp()) - target) ** 2).mean()
+
+    inner = list(layer.parameters())
+    optimizer, calls = problem(loss, inner, [x], "traced", modules=layer)
+    v = torch.randn(optimizer.problem.inner.layout.numel)
+    at = optimizer.products.linearize(optimizer.problem, calls)
+    agree(at.joint(v), optimizer.problem.linearize(calls).joint(v))
+
+
+def test_traced_records_again_where_shapes_depend_on_values():
+    torch.manual_seed(0)
+    W, x = torch.randn(3, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([W], lr=0.0), torch.optim.SGD([x], lr=0.1), products="traced"
+    )
+
+    @optimizer.inner_loss
+    def loss(data, target):
+        kept = target > 0
+        return F.cross_entropy(data[kept] * x.exp() @ W.T, target[kept])
+
+    optimizer.outer_loss(lambda: W.sum())
+    v = torch.randn(12)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss(torch.randn(20, 4), torch.randint(0, 3, (20,))).backward()
+        optimizer.step()
+        calls = optimizer._recorder.window.steps()[-1].calls
+        exact = optimizer.problem.linearize(calls).joint(v)
+        try:
+            at = optimizer.products.linearize(optimizer.problem, calls)
+        except tb.CaptureFailed:
+            continue
+        agree(at.joint(v), exact)
+
+
+def test_gauss_newton_of_many_heads():
+    torch.manual_seed(0)
+    data, target = torch.randn(4, 9, 5), torch.randint(0, 3, (4, 9))
+    heads, x = (
+        torch.randn(4, 3, 5, requires_grad=True),
+        torch.zeros(5, requires_grad=True),
+    )
+
+    def outside():
+        z = tb.model_output(torch.einsum("tnd,tcd->tnc", data * x.exp(), heads))
+        return torch.vmap(F.cross_entropy)(z, target).sum()
+
+    def inside():
+        def one(head, data, target):
+            return F.cross_entropy((data * x.exp()) @ head.T, target)
+
+        return torch.vmap(one)(heads, data, target).sum()
+
+    optimizer, calls = problem(outside, [heads], [x], "gauss_newton")
+    v = torch.randn(60)
+    at = optimizer.products.linearize(optimizer.problem, calls)
+    agree(at.joint(v), optimizer.problem.linearize(calls).joint(v))
+    optimizer, _ = problem(inside, [heads], [x], "gauss_newton")
+    with pytest.raises(tb.InvalidLoss, match=r"torch\.vmap.*einsum"):
+        optimizer.hypergradient()

@@ -382,7 +382,10 @@ WRONG = {
     "integers": ({"x": torch.zeros(6, 4, dtype=torch.int64)}, r"x\.float\(\)"),
     "weights": ({"example_weights": torch.zeros(5)}, "each of the 6 rows"),
     "target": ({"target": torch.zeros(6, dtype=torch.int32)}, "int64 of shape"),
-    "real": ({"target": torch.zeros(6, 2)}, r"the outputs have \(6, 3\)"),
+    "real": ({"target": torch.zeros(6, 2)}, r"outputs have shape \(6, 3\)"),
+    "float classes": ({"target": torch.zeros(6)}, r"target\.long\(\)"),
+    "layer": ({"weight": torch.nn.Linear(4, 3)}, r"layer\.weight, layer\.bias"),
+    "number": ({"example_weights": 0.5}, "example_weights is a float"),
 }
 
 

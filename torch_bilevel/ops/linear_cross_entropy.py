@@ -17,7 +17,14 @@ from torch.nn import functional as F
 
 from ..errors import InvalidLoss
 from .link import Link
-from .reduction import check, loss_of, plain_loss, real_target, too_small
+from .reduction import (
+    check,
+    check_tensors,
+    loss_of,
+    plain_loss,
+    real_target,
+    too_small,
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ def linear_cross_entropy(
         True
     """
     name = "linear_cross_entropy"
+    check_tensors(name, x, weight, bias, target, example_weights)
     single = x.dim() == 1
     if single:
         x, target = x.unsqueeze(0), target.unsqueeze(0)

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .link import Link
-from .reduction import check, loss_of, plain_loss, real_target, too_small
+from .reduction import (
+    check,
+    check_tensors,
+    loss_of,
+    plain_loss,
+    real_target,
+    too_small,
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ def elementwise(
     reduction: str,
 ) -> Tensor:
     """A loss with one term for every output; a weight of shape (d,) has one without dimension."""
+    check_tensors(name, x, weight, bias, target, example_weights)
     single = weight.dim() == 1
     if single:
         weight, target = weight.unsqueeze(0), target.unsqueeze(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,24 @@ from .foresee import direction
 from .formulas import times
 from .linear_loss import linear_loss
 from .link import Link
+
+
+def check_tensors(
+    name: str, x: Any, weight: Any, bias: Any, target: Any, example_weights: Any
+) -> None:
+    """Refuse what is not a tensor.
+
+    Raises:
+        InvalidLoss: with what was seen and what to write.
+    """
+    given = {"x": x, "weight": weight, "bias": bias, "target": target}
+    for word, value in {**given, "example_weights": example_weights}.items():
+        optional = word in ("bias", "example_weights") and value is None
+        if not (optional or isinstance(value, Tensor)):
+            raise InvalidLoss(
+                f"{name}: {word} is a {type(value).__name__}, and a tensor is needed. With a "
+                f"layer: {name}(x, layer.weight, layer.bias, target, example_weights=...)."
+            )
 
 
 def check(
@@ -66,8 +85,17 @@ def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """
     shape = len(x), len(weight)
     if target.shape != shape:
+        classes = name == "linear_cross_entropy" and target.dim() == 1
+        hint = (
+            "Class indices are integers: target.long()."
+            if classes
+            else (
+                "One output: target.unsqueeze(1)." if target.shape == shape[:1] else ""
+            )
+        )
         raise InvalidLoss(
-            f"{name}: target has shape {tuple(target.shape)}, and the outputs have {shape}."
+            f"{name}: target has shape {tuple(target.shape)} and dtype {target.dtype}, and the "
+            f"outputs have shape {shape}. {hint}".rstrip()
         )
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return target.to(torch.promote_types(dtype, torch.float32))

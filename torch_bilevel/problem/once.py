@@ -38,7 +38,7 @@ _WAYS_ROUND = {
     "no autograd formula": "a custom operator: register_autograd with differentiable operations",
     "nested_tensor": "nested tensors: padded ones with a mask",
     "forward AD": "an operation without forward derivative: products='double_backward'",
-    "forward mode": "forward mode inside the loss: products='double_backward'",
+    "Nested forward": "forward mode inside the loss: products='double_backward'",
     "forward gradient": "an operation without forward derivative: products='double_backward'",
     "ZeroTensors": "an operation (F.mse_loss) without forward derivative of its backward: "
     "products='double_backward'",

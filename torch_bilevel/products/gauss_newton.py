@@ -84,7 +84,9 @@ class _Cutting(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in CONVEX:
+        if func in CONVEX and torch._C._are_functorch_transforms_active():
+            self.piece.transformed = True
+        elif func in CONVEX:
             z = args[0] if args else kwargs["input"]
             if not self.piece.comes_from_a_mark(z):
                 z = model_output(z)
@@ -109,6 +111,7 @@ class _Piece:
 
     def __init__(self, problem: BilevelProblem, call: Call, weight: Any):
         self.problem = problem
+        self.transformed = False  # a known loss was called inside a function transform
         self.outputs: list[Tensor] = []
         self.leaves: list[Tensor] = []
         with problem.evaluating(call):
@@ -124,12 +127,7 @@ class _Piece:
                     "itself needs products='double_backward'."
                 ) from error
             if not self.outputs:
-                raise InvalidLoss(
-                    f"products='gauss_newton' needs to know the outputs of the model, and "
-                    f"{call.name!r} calls none of the losses that mark them "
-                    f"({', '.join(f.__name__ for f in CONVEX)}). Mark them yourself: "
-                    "z = tb.model_output(model(x))."
-                )
+                raise InvalidLoss(_unmarked(call.name, self.transformed))
             inner = problem.inner.tensors
             found = _gradients(
                 [loss], [like(weight, loss)], [*self.leaves, *inner], create_graph=True
@@ -158,6 +156,9 @@ class _Piece:
 
     def _cut(self, z: Tensor) -> Tensor:
         """The end of the model's graph, and the beginning of the loss's."""
+        if torch._C._are_functorch_transforms_active():
+            self.transformed = True
+            return z
         if not z.requires_grad:
             return z
         if self.comes_from_a_mark(z):
@@ -190,6 +191,21 @@ class _Piece:
         H = [_sum(a, b) for a, b in zip(direct, found[:p], strict=True)]
         J = iter(_sum(_sum(a, b), c) for a, b, c in zip(C1, C2, found[p:], strict=True))
         return H, [None if tensor is None else next(J) for tensor in outer]
+
+
+def _unmarked(name: str, transformed: bool) -> str:
+    if transformed:
+        return (
+            f"products='gauss_newton' needs the outputs of the model, and {name!r} computes them "
+            "inside torch.vmap or another function transform, out of reach. Compute them outside: "
+            "z = tb.model_output(torch.einsum('tnd,tcd->tnc', x, heads)), then "
+            "torch.vmap(F.cross_entropy)(z, y).sum()."
+        )
+    return (
+        f"products='gauss_newton' needs to know the outputs of the model, and {name!r} calls none "
+        f"of the losses that mark them ({', '.join(f.__name__ for f in CONVEX)}). Mark them "
+        "yourself: z = tb.model_output(model(x))."
+    )
 
 
 class GaussNewtonPoint(Substitute):

@@ -70,6 +70,7 @@ def _clean(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        node.target = _DRAWN.get(node.target, node.target)
         args = node.args
         if node.target in _SAME or _reshapes_nothing(node):
             node.replace_all_uses_with(args[0])
@@ -93,6 +94,31 @@ def _reshapes_nothing(node: Node) -> bool:
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
     return before.shape == after.shape and before.dtype == after.dtype
+
+
+class _Drawn:
+    """A tensor like the first argument, filled in its own memory layout as an in-place call would.
+
+    The pure form of such an operation fills a contiguous tensor: other numbers for other elements.
+    """
+
+    tags = (torch.Tag.nondeterministic_seeded,)
+
+    def __init__(self, fill: Callable[..., Any]):
+        self.fill = fill
+        self.__name__ = f"drawn_{fill.__name__}"
+        self.__module__ = __name__
+
+    def __call__(self, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.fill(torch.empty_like(like), *args, **kwargs)
+
+
+_DRAWN = {
+    aten.bernoulli.p: _Drawn(Tensor.bernoulli_),
+    aten.uniform.default: _Drawn(Tensor.uniform_),
+    aten.normal_functional.default: _Drawn(Tensor.normal_),
+    aten.exponential.default: _Drawn(Tensor.exponential_),
+}
 
 
 def _random(node: Node) -> bool:

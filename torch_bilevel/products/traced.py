@@ -276,7 +276,10 @@ class Recording:
                 buffers[other] if isinstance(other, tuple) else other.detach()
                 for other in self.others
             ]
-            found, gradient, *kept = self.prefix(v, *tensors, *others)
+            try:
+                found, gradient, *kept = self.prefix(v, *tensors, *others)
+            except (RuntimeError, IndexError):  # of shapes that depend on values
+                return None
         size = loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
         if not bool(
             (found - loss).abs() <= 256 * torch.finfo(loss.dtype).eps * size
@@ -306,7 +309,10 @@ class Recording:
             self._products[wanted] = run
         with torch.no_grad():
             if not supported(self.options.cuda_graph, v):
-                return run(v, *values.kept)
+                try:
+                    return run(v, *values.kept)
+                except RuntimeError as error:
+                    raise failed(self.name, error) from error
             if wanted not in values.captured:
                 values.captured[wanted] = CapturedProduct(run, v, values.kept)
             return values.captured[wanted](v)
