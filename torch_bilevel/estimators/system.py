@@ -111,7 +111,10 @@ class System:
             self.sign = _spread(problem, [item.sign for item in known])
         # r = s ∘ (∇_y g + λ (y − a)) + D ∘ y: the proximal term is a decay of the loss's sign
         decays = [item.decay + pull * item.sign for item in known]
-        if any(isinstance(decay, Tensor) or decay != 0 for decay in decays):
+        numbers = [decay for decay in decays if not isinstance(decay, Tensor)]
+        if len(numbers) == len(decays) == numbers.count(numbers[0]):
+            self.decay = float(numbers[0]) + damping  # the same for all
+        else:
             self.decay = _spread(problem, decays) + damping
 
     @cached_property
@@ -162,8 +165,9 @@ class System:
         return self._decayed(Hv, v), Jv
 
     def _decayed(self, Hv: Tensor, v: Tensor) -> Tensor:
-        plain = isinstance(self.decay, float) and not self.decay
-        return Hv if plain else Hv + self.decay * v
+        if isinstance(self.decay, Tensor):
+            return torch.addcmul(Hv, self.decay, v)
+        return torch.add(Hv, v, alpha=self.decay) if self.decay else Hv
 
     def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Point.factors`; D of the optimizer is part of the diagonal."""

@@ -286,9 +286,10 @@ def values_along(
     terms: Terms, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ℓ, the state and u from one product with x."""
-    x, c = _whole(terms).x, len(terms.weight)
-    dtype = terms.weight.dtype
-    both = torch.cat([terms.weight, weight.to(dtype)]) @ x.mT
+    c, dtype = len(terms.weight), terms.weight.dtype
+    stacked = torch.cat([terms.weight, weight.to(dtype)])
+    parts = [stacked @ part.x.mT for _, part in _chunks(terms)]
+    both = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     z, u = both[:c], both[c:]
     if terms.bias is not None and bias is not None:
         z, u = z + terms.bias.unsqueeze(1), u + bias.to(dtype).unsqueeze(1)
