@@ -45,59 +45,29 @@ class _LossAlong(Function):
         return *found, *(None,) * 6
 
 
+def _terms(link: Link, saved: Any) -> Terms:
+    weight, bias, omega, x, target, share, losses, state = saved[:8]
+    return Terms(link, x, weight, bias, target, share, omega, losses, state)
+
+
 class _GradientAlong(Function):
     """(W, b, ω, s) ↦ ∂S/∂(W, b, ω), with H v computed on the way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: Any, bias: Any, omega: Any, x: Any, target: Any, share: Any,
-        losses: Any, state: Any, u: Any, dW: Any, db: Any, seed: Any, link: Any,
-    ) -> Any:  # fmt: skip
-        terms = Terms(link, x, weight, bias, target, share, omega, losses, state)
-        first, (_, hW, hb, _) = gradient_along(
-            terms, seed, u, (False, True, True, False, omega is not None)
-        )
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *saved, u, dW, db, seed, link = inputs
+        wanted = False, True, True, False, saved[2] is not None
+        first, (_, hW, hb, _) = gradient_along(_terms(link, saved), seed, u, wanted)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            weight,
-            bias,
-            omega,
-            x,
-            target,
-            share,
-            losses,
-            state,
-            u,
-            dW,
-            db,
-            seed,
-            hW,
-            hb,
-        )
+        ctx.save_for_backward(*saved, u, dW, db, seed, hW, hb)
         ctx.link = link
         _, gW, gb, _, gω = first
         return gW, gb, gω
 
     @staticmethod
     def backward(ctx: Any, vW: Any, vb: Any, vω: Any) -> Any:  # type: ignore[override]
-        (
-            weight,
-            bias,
-            omega,
-            x,
-            target,
-            share,
-            losses,
-            state,
-            u,
-            dW,
-            db,
-            seed,
-            hW,
-            hb,
-        ) = ctx.saved_tensors
-        terms = Terms(ctx.link, x, weight, bias, target, share, omega, losses, state)
-        needs = ctx.needs_input_grad
+        *saved, u, dW, db, seed, hW, hb = ctx.saved_tensors
+        terms, needs = _terms(ctx.link, saved), ctx.needs_input_grad
         wanted = (False, needs[0], needs[1], False, needs[2], needs[11])
         if torch.is_grad_enabled():
             raise NoThirdDerivative(
