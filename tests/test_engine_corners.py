@@ -369,3 +369,20 @@ def test_gauss_newton_of_many_heads():
     optimizer, _ = problem(inside, [heads], [x], "gauss_newton")
     with pytest.raises(tb.InvalidLoss, match=r"torch\.vmap.*einsum"):
         optimizer.hypergradient()
+
+
+@pytest.mark.parametrize("engine", [*EXACT, "forward_over_reverse"])
+def test_a_loss_that_is_an_object_without_hash(engine):
+    class Loss:
+        __hash__ = None
+
+        def __call__(self):
+            return F.huber_loss(x.exp() * y, torch.zeros(3), delta=9.0)
+
+    if engine == "forward_over_reverse":  # huber_loss has no forward derivative
+        Loss.__call__ = lambda self: (x.exp() * y.square()).sum()
+    y, x = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    optimizer, calls = problem(Loss(), [y], [x], engine)
+    v = torch.randn(3)
+    at = optimizer.products.linearize(optimizer.problem, calls)
+    agree(at.joint(v), optimizer.problem.linearize(calls).joint(v))

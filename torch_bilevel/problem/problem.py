@@ -70,7 +70,9 @@ class BilevelProblem:
         self.num_products = 0
         self.recorded: dict[Any, Any] = {}  # what engines keep from point to point
         self._watched: set[int] = set()
-        self.twice: set[Any] = set()  # functions known to be twice differentiable
+        self.twice: dict[
+            int, Any
+        ] = {}  # functions known to be twice differentiable, by id
         self.walked: set[int] = set()  # functions whose graph was looked through
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
@@ -201,10 +203,10 @@ class BilevelProblem:
         leaves: Sequence[Tensor] = (),
     ) -> None:
         """Refuse functions that are differentiable once only; see `once`."""
-        if call.function not in self.twice:
+        if id(call.function) not in self.twice:
             inner = self.inner.ids | {id(leaf) for leaf in leaves}
             refuse_once_differentiable(parts, losses, call.name, inner)
-            self.twice.add(call.function)
+            self.twice[id(call.function)] = call.function
 
     def value(self, call: Call) -> Tensor:
         """The loss of a call at the present point; inside `evaluating`."""

@@ -63,7 +63,7 @@ class ForwardOverReverse(Products):
         refuse_maps(self, calls)
         point = TangentPoint(problem, calls)
         for call, _ in calls:
-            key = self, call.function
+            key = self, id(call.function)
             if key in problem.recorded:
                 continue
             wrong = disagreement(
@@ -76,7 +76,7 @@ class ForwardOverReverse(Products):
                     "(torch.linalg.solve and det, in torch 2.13). The way round: "
                     "products='double_backward'."
                 )
-            problem.recorded[key] = True
+            problem.recorded[key] = call.function
         return point
 
 

@@ -173,7 +173,7 @@ def _key(problem: BilevelProblem, call: Call) -> tuple:
     )
     flags = problem.modules.flags() if call.flags is None else call.flags
     return (
-        call.function,
+        id(call.function),  # the recording keeps the function alive
         metadata,
         plain,
         str(spec),
@@ -204,6 +204,7 @@ class Recording:
 
     def __init__(self, problem: BilevelProblem, call: Call, options: Traced):
         self.problem, self.options, self.name = problem, options, call.name
+        self.function = call.function
         self.reached = [False] * len(problem.outer.tensors)
         tensors, _, _ = _flatten(problem, call)
         v = problem.inner.layout.zeros()
@@ -266,9 +267,7 @@ class Recording:
         problem = self.problem
         tensors, _, _ = _flatten(problem, call)
         v = problem.inner.layout.zeros()
-        with problem.evaluating(
-            call
-        ):  # with grad: the loss may differentiate by itself
+        with problem.evaluating(call):  # with grad: it may differentiate by itself
             loss = problem.value(call).detach()
         with problem.evaluating(call), torch.no_grad():
             buffers = {(m, n): b for m, n, b in problem.modules.buffers()}
