@@ -159,9 +159,8 @@ class System:
         v_ = self.signed(v)
         inner = self._problem.inner
         with foreseen(inner.tensors, inner.layout.split(v_)):
-            Hv, Jv = self.linearization.joint(
-                v_
-            )  # checkpoints are evaluated again in here
+            # the product too: activation checkpoints are evaluated again in it
+            Hv, Jv = self.linearization.joint(v_)
         return self._decayed(Hv, v), Jv
 
     def _decayed(self, Hv: Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from torch.autograd import Function
 
 from ..errors import NoThirdDerivative
 from .foresee import same
-from .formulas import Terms, gradient_along, second, slopes, values_along
+from .formulas import (
+    Terms,
+    gradient_along,
+    second,
+    slopes,
+    values_along,
+    weighted_sum,
+)
 from .link import Link
 
 
@@ -27,15 +34,12 @@ class _LossAlong(Function):
     ) -> Any:  # fmt: skip
         terms = Terms(link, x, weight, bias, target, share, omega)
         losses, state, u = values_along(terms, dW, db)
-        each = losses if losses.dim() == 1 or omega is None else losses.sum(0)
-        for factor in (share, omega):
-            each = each if factor is None else each * factor
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             weight, bias, omega, x, target, share, losses, state, u, dW, db
         )
         ctx.link = link
-        return each.sum()
+        return weighted_sum(losses, share, omega)
 
     @staticmethod
     def backward(ctx: Any, seed: Any) -> Any:  # type: ignore[override]

@@ -135,10 +135,21 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left @ right if total is None else torch.addmm(total, left, right)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    if not parts:
-        return None
+def _whole_of(parts: Sequence[Tensor], dim: int = -1) -> Tensor:
+    """Chunks together, without a copy where there is one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    return _whole_of(parts, dim) if parts else None
+
+
+def weighted_sum(losses: Tensor, share: Tensor | None, omega: Tensor | None) -> Tensor:
+    """Σ κ ω ℓ."""
+    each = losses if omega is None else _each(losses)
+    if share is None or share.dim() == 0:
+        return times(times(each, omega).sum(), share)
+    return (each * times(share, omega)).sum()
 
 
 def _each(values: Tensor) -> Tensor:
@@ -152,7 +163,7 @@ def values(terms: Terms) -> tuple[Tensor, Tensor | None]:
     link, n, c = terms.link, len(terms.x), len(terms.weight)
     if n * c <= KEEP:
         z = [outputs(part.x, part.weight, part.bias) for _, part in _chunks(terms)]
-        return link.value(z[0] if len(z) == 1 else torch.cat(z, 1), terms.target)
+        return link.value(_whole_of(z), terms.target)
     found = [
         link.value(outputs(part.x, part.weight, part.bias), part.target)[0]
         for _, part in _chunks(terms)
@@ -288,8 +299,7 @@ def values_along(
     """ℓ, the state and u from one product with x."""
     c, dtype = len(terms.weight), terms.weight.dtype
     stacked = torch.cat([terms.weight, weight.to(dtype)])
-    parts = [stacked @ part.x.mT for _, part in _chunks(terms)]
-    both = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    both = _whole_of([stacked @ part.x.mT for _, part in _chunks(terms)])
     z, u = both[:c], both[c:]
     if terms.bias is not None and bias is not None:
         z, u = z + terms.bias.unsqueeze(1), u + bias.to(dtype).unsqueeze(1)

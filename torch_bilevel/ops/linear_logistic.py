@@ -6,20 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from .link import Link
-from .reduction import (
-    check,
-    check_tensors,
-    loss_of,
-    plain_loss,
-    real_target,
-    too_small,
-)
+from .reduction import elementwise
 
 
 @dataclass(frozen=True)
@@ -90,30 +82,3 @@ def linear_logistic(
         "linear_logistic",
         _Logistic(), x, weight, bias, target, example_weights, reduction,
     )  # fmt: skip
-
-
-def elementwise(
-    name: str,
-    link: Link,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    example_weights: Tensor | None,
-    reduction: str,
-) -> Tensor:
-    """A loss with one term for every output; a weight of shape (d,) has one without dimension."""
-    check_tensors(name, x, weight, bias, target, example_weights)
-    single = weight.dim() == 1
-    if single:
-        weight, target = weight.unsqueeze(0), target.unsqueeze(-1)
-        bias = None if bias is None else bias.reshape(1)
-    check(name, x, weight, bias, example_weights, reduction)
-    target = real_target(name, target, x, weight)
-    given = example_weights
-    if too_small(x, weight):
-        function = partial(link.plain, target=target)
-        result = plain_loss(function, x, weight, bias, given, None, reduction)
-    else:
-        result = loss_of(link, x, weight, bias, target.mT, given, None, reduction)
-    return result.squeeze(-1) if single and reduction == "none" else result

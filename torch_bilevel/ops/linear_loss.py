@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import NoThirdDerivative
-from .formulas import Parts, Terms, gradient, plus, second, times, values
+from .formulas import (
+    Parts,
+    Terms,
+    gradient,
+    plus,
+    second,
+    times,
+    values,
+    weighted_sum,
+)
 from .link import Link
 
 
@@ -42,10 +51,7 @@ class _Loss(Function):
         losses, state = values(Terms(link, x, weight, bias, target, share, omega))
         if not summed:
             return times(times(losses.clone(), share), omega), losses, state
-        each = losses if losses.dim() == 1 or omega is None else losses.sum(0)
-        if share is None or share.dim() == 0:
-            return times(times(each, omega).sum(), share), losses, state
-        return (each * times(share, omega)).sum(), losses, state
+        return weighted_sum(losses, share, omega), losses, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

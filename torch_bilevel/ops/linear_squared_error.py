@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear_logistic import elementwise
 from .link import Link
+from .reduction import elementwise
 
 
 @dataclass(frozen=True)

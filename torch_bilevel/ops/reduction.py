@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,8 +98,7 @@ def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
             f"{name}: target has shape {tuple(target.shape)} and dtype {target.dtype}, and the "
             f"outputs have shape {shape}. {hint}".rstrip()
         )
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return target.to(torch.promote_types(dtype, torch.float32))
+    return target.to(_precision(x, weight))
 
 
 def too_small(x: Tensor, weight: Tensor) -> bool:
@@ -135,16 +135,11 @@ def plain_loss(
         count: how many the mean is over; None for all losses.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    if not (x.dtype is weight.dtype is dtype and (bias is None or bias.dtype is dtype)):
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    z = F.linear(x, weight, bias)
+    z = _outputs(x, weight, bias)
     if example_weights is None:
         return function(z, reduction=reduction)
     losses = function(z, reduction="none")
-    omega = example_weights.to(dtype)
+    omega = example_weights.to(z.dtype)
     losses = losses * (omega if losses.dim() == 1 else omega.unsqueeze(1))
     if reduction == "mean":
         return losses.mean() if count is None else losses.sum() / count
@@ -173,8 +168,7 @@ def loss_of(
         valid: which examples count, (n,), or None for all.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = _precision(x, weight)
     if example_weights is not None and example_weights.dtype is not dtype:
         example_weights = example_weights.to(dtype)
     share = None if valid is None else valid.to(dtype)
@@ -186,8 +180,7 @@ def loss_of(
             share = share / share.sum()
     summed = reduction != "none"
     if cutting():  # the model ends at the outputs: its loss is a function of its own
-        to_bias = None if bias is None else bias.to(dtype)
-        z = model_output(F.linear(x.to(dtype), weight.to(dtype), to_bias))
+        z = model_output(_outputs(x, weight, bias))
         losses = times(times(link.value(z.mT, target)[0], share), example_weights)
         losses = losses.sum() if summed else losses
         return losses.mT if losses.dim() == 2 else losses
@@ -197,6 +190,46 @@ def loss_of(
         return loss_along(link, x, weight, bias, target, example_weights, share, along)
     losses = linear_loss(link, x, weight, bias, target, example_weights, share, summed)
     return losses.mT if losses.dim() == 2 else losses
+
+
+def elementwise(
+    name: str,
+    link: Link,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    example_weights: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """A loss with one term for every output; a weight of shape (d,) has one without dimension."""
+    check_tensors(name, x, weight, bias, target, example_weights)
+    single = weight.dim() == 1
+    if single:
+        weight, target = weight.unsqueeze(0), target.unsqueeze(-1)
+        bias = None if bias is None else bias.reshape(1)
+    check(name, x, weight, bias, example_weights, reduction)
+    target = real_target(name, target, x, weight)
+    given = example_weights
+    if too_small(x, weight):
+        function = partial(link.plain, target=target)
+        result = plain_loss(function, x, weight, bias, given, None, reduction)
+    else:
+        result = loss_of(link, x, weight, bias, target.mT, given, None, reduction)
+    return result.squeeze(-1) if single and reduction == "none" else result
+
+
+def _precision(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the arithmetic: 16-bit storage is accumulated in float32."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z, (n, c), by operations of PyTorch."""
+    dtype = _precision(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), bias)
 
 
 def _small(x: Tensor, weight: Tensor) -> bool:

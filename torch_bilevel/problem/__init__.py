@@ -25,4 +25,6 @@ from .sampling import Sample as Sample
 from .sampling import Ticket as Ticket
 from .sampling import mean_calls as mean_calls
 from .variables import Variables as Variables
+from .variables import added as added
 from .variables import gradients as gradients
+from .variables import pulled as pulled

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._vector import Layout
 from .point import Point
-from .variables import gradients
+from .variables import gradients, pulled
 
 if TYPE_CHECKING:
     from .problem import BilevelProblem
@@ -126,18 +126,9 @@ class Linearization(Point):
         self.begin()
         layouts = self.problem.inner.layout, self.problem.outer.layout
         weights = [*layouts[0].split(v), *layouts[1].split(e)]
-        pairs = [
-            (part, weight)
-            for part, weight in zip(
-                [*self.parts, *self.outer_parts], weights, strict=True
-            )
-            if part is not None and part.requires_grad
-        ]
-        if not pairs:
-            return layouts[0].zeros()
-        (found,) = gradients(
-            [part for part, _ in pairs],
-            [weight for _, weight in pairs],
+        (found,) = pulled(
+            [*self.parts, *self.outer_parts],
+            weights,
             self.problem.inner.tensors,
             retain_graph=True,
         )
@@ -145,12 +136,7 @@ class Linearization(Point):
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`."""
-        to_inner, to_outer = self._parts(v, inner, outer)
-        problem = self.problem
-        return (
-            problem.inner.layout.flatten(to_inner) if inner else v.new_empty(0),
-            problem.outer.layout.flatten(to_outer) if outer else v.new_empty(0),
-        )
+        return self.flat(*self._parts(v, inner, outer), inner, outer)
 
     def _parts(
         self, v: Tensor, inner: bool, outer: bool, last: bool = False
@@ -168,8 +154,5 @@ class Linearization(Point):
                 retain_graph=not last,
             )
             to_inner, to_outer = found[0] or to_inner, found[1] or to_outer
-        self.reached = [
-            known or part is not None
-            for known, part in zip(self.reached, to_outer, strict=True)
-        ]
+        self.reach(to_outer)
         return to_inner, to_outer

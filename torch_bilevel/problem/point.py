@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..errors import SolverLimit, StalePoint
@@ -64,6 +66,27 @@ class Point(abc.ABC):
         raise SolverLimit(
             "A solve in the space of the outputs needs to know them: give the optimizer "
             "products='gauss_newton', or use 'cg' or 'direct'."
+        )
+
+    def reach(self, parts: Sequence[Tensor | None]) -> None:
+        """Note which outer tensors a product with J reached; None where it did not."""
+        self.reached = [
+            known or part is not None
+            for known, part in zip(self.reached, parts, strict=True)
+        ]
+
+    def flat(
+        self,
+        to_inner: Sequence[Tensor | None],
+        to_outer: Sequence[Tensor | None],
+        inner: bool,
+        outer: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """What `product` gives, from parts."""
+        problem, nothing = self.problem, torch.empty(0)
+        return (
+            problem.inner.layout.flatten(to_inner) if inner else nothing,
+            problem.outer.layout.flatten(to_outer) if outer else nothing,
         )
 
     def hvp(self, v: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .linearization import Linearization
 from .modules import ModuleSet
 from .once import raise_if_no_second_derivative, refuse_once_differentiable
 from .randomness import preserved
-from .variables import Variables, gradients
+from .variables import Variables, added, gradients
 
 evaluations: list[Call] = []  # calls being evaluated by the library, in any problem
 
@@ -70,9 +70,8 @@ class BilevelProblem:
         self.num_products = 0
         self.recorded: dict[Any, Any] = {}  # what engines keep from point to point
         self._watched: set[int] = set()
-        self.twice: dict[
-            int, Any
-        ] = {}  # functions known to be twice differentiable, by id
+        # Functions known to be twice differentiable, by id.
+        self.twice: dict[int, Any] = {}
         self.walked: set[int] = set()  # functions whose graph was looked through
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
@@ -254,10 +253,7 @@ class BilevelProblem:
                     f"The inner loss {call.name!r} does not depend on any inner parameter "
                     f"({_few(self.inner)})."
                 )
-            total = [
-                part if known is None else known if part is None else known + part
-                for known, part in zip(total, parts, strict=True)
-            ]
+            total = added(total, parts)
         return total
 
     def linearize(
@@ -288,10 +284,7 @@ class BilevelProblem:
             call.check_unchanged()
             if call.kept is None or call.kept.weight is None:
                 return None
-            total = [
-                part if known is None else known if part is None else known + part
-                for known, part in zip(total, call.kept.weighted(weight), strict=True)
-            ]
+            total = added(total, call.kept.weighted(weight))
         return Linearization(self, total, reusable=True)
 
     def places(self) -> tuple[dict[int, int], set[int]]:

@@ -101,3 +101,31 @@ def gradients(
     )
     reached = dict(zip(map(id, wanted), found, strict=True))
     return [[reached.get(id(tensor)) for tensor in group] for group in groups]
+
+
+def pulled(
+    outputs: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    *groups: Sequence[Tensor | None],
+    **options: bool,
+) -> list[list[Tensor | None]]:
+    """`gradients` of those outputs that are there, have a graph and a weight."""
+    pairs = [
+        (output, weight)
+        for output, weight in zip(outputs, weights, strict=True)
+        if output is not None and weight is not None and output.requires_grad
+    ]
+    if not pairs:
+        return [[None] * len(group) for group in groups]
+    live, seeds = map(list, zip(*pairs, strict=True))
+    return gradients(live, seeds, *groups, **options)
+
+
+def added(
+    total: Sequence[Tensor | None], parts: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Sums, where what is missing is zero; an empty total is zero."""
+    return [
+        part if known is None else known if part is None else known + part
+        for known, part in zip(total or [None] * len(parts), parts, strict=True)
+    ]

@@ -125,18 +125,10 @@ def moving(problem: BilevelProblem, v: Tensor, frozen: Set[int]) -> Tensor:
     )
 
 
-def added(
-    total: Sequence[Tensor | None], parts: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Sums, where what is missing is zero; an empty total is zero."""
-    return [
-        b if a is None else a if b is None else a + b
-        for a, b in zip(total or [None] * len(parts), parts, strict=True)
-    ]
-
-
 class Substitute(Point):
     """A point without a graph of its own; what only a graph can do, double backward does.
+
+    Its calls are losses, so that H is symmetric: see `refuse_maps`.
 
     Args:
         problem: the problem, at the point.
@@ -144,8 +136,7 @@ class Substitute(Point):
     """
 
     def __init__(self, problem: BilevelProblem, calls: Sequence[WeightedCall]):
-        symmetric = not any(call.is_map for call, _ in calls)
-        super().__init__(problem, symmetric)
+        super().__init__(problem)
         self.calls = calls
         self._exact: Linearization | None = None
 
@@ -158,7 +149,7 @@ class Substitute(Point):
 
     def transpose(self, u: Tensor) -> Tensor:
         """See `Point.transpose`."""
-        return self.hvp(u) if self.symmetric else self.exact.transpose(u)
+        return self.hvp(u)
 
     def cross_transpose(self, u: Tensor) -> Tensor:
         """See `Point.cross_transpose`."""

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..problem import BilevelProblem, WeightedCall
+from ..problem import BilevelProblem, WeightedCall, added
 from .base import (
     Products,
     Substitute,
-    added,
     by_frozen,
     moving,
     precisions,
@@ -121,13 +120,8 @@ class DifferencedPoint(Substitute):
         count = len(problem.inner.tensors)
         H, J = total[:count], total[count:]
         if outer:
-            self.reached = [
-                a or part is not None for a, part in zip(self.reached, J, strict=True)
-            ]
-        nothing = v.new_empty(0)
-        Hv = problem.inner.layout.flatten(H) if inner else nothing
-        Jv = problem.outer.layout.flatten(J) if outer else nothing
-        return Hv, Jv
+            self.reach(J)
+        return self.flat(H, J, inner, outer)
 
     def _gradients(
         self, calls: Sequence[WeightedCall], w: Tensor, step: Tensor, outer: bool

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import NoSecondDerivative
-from ..problem import BilevelProblem, WeightedCall
+from ..problem import BilevelProblem, WeightedCall, added
 from .base import (
     Products,
     Substitute,
-    added,
     by_frozen,
     disagreement,
     moving,
@@ -97,8 +96,8 @@ class TangentPoint(Substitute):
             NoSecondDerivative: an operation has no forward derivative of its backward.
         """
         problem = self.problem
+        count = len(problem.inner.tensors)
         tangents: list[Tensor | None] = []
-        reached: list[bool] = []
         for frozen, calls in by_frozen(self.calls):
             w = moving(problem, v, frozen)
             with forward_ad.dual_level(), self._moving(w), torch.enable_grad():
@@ -107,20 +106,10 @@ class TangentPoint(Substitute):
                     None if part is None else forward_ad.unpack_dual(part).tangent
                     for part in found
                 ]
-            here = [part is not None for part in found]
-            reached = [a or b for a, b in zip(reached or here, here, strict=True)]
+            if outer:
+                self.reach(found[count:])
             tangents = added(tangents, parts)
-        count = len(problem.inner.tensors)
-        H, J = tangents[:count], tangents[count:]
-        if outer:
-            self.reached = [
-                a or b for a, b in zip(self.reached, reached[count:], strict=True)
-            ]
-        nothing = v.new_empty(0)
-        return (
-            problem.inner.layout.flatten(H) if inner else nothing,
-            problem.outer.layout.flatten(J) if outer else nothing,
-        )
+        return self.flat(tangents[:count], tangents[count:], inner, outer)
 
     @contextlib.contextmanager
     def _moving(self, v: Tensor) -> Iterator[None]:

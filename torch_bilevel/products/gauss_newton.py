@@ -23,7 +23,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import BilevelError, Disconnected, InvalidLoss, SolverLimit
 from ..ops import cut_by, model_output
-from ..problem import BilevelProblem, Call, WeightedCall, like, scalar
+from ..problem import (
+    BilevelProblem,
+    Call,
+    WeightedCall,
+    added,
+    like,
+    pulled,
+    scalar,
+)
 from .base import Products, Substitute, refuse_maps
 
 CONVEX = (
@@ -188,8 +196,8 @@ class _Piece:
         t, direct, C2 = found[:m], found[m : m + p], found[m + p :]
         # (∂z/∂(y, x))ᵀ t
         found = _gradients(self.outputs, t, [*inner, *reach])
-        H = [_sum(a, b) for a, b in zip(direct, found[:p], strict=True)]
-        J = iter(_sum(_sum(a, b), c) for a, b, c in zip(C1, C2, found[p:], strict=True))
+        H = added(direct, found[:p])
+        J = iter(added(added(C1, C2), found[p:]))
         return H, [None if tensor is None else next(J) for tensor in outer]
 
 
@@ -218,11 +226,11 @@ class GaussNewtonPoint(Substitute):
     @cached_property
     def gradient(self) -> Tensor:
         """See `Point.gradient`."""
-        total: list[Tensor | None] = [None] * len(self.problem.inner.tensors)
+        total: list[Tensor | None] = []
         for piece in self.pieces:
             for parts in (piece.direct, piece.pulled):
                 detached = [None if p is None else p.detach() for p in parts]
-                total = [_sum(a, b) for a, b in zip(total, detached, strict=True)]
+                total = added(total, detached)
         return self.problem.inner.layout.flatten(total)
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
@@ -233,17 +241,10 @@ class GaussNewtonPoint(Substitute):
         direct = problem.direct if outer else [None] * len(J)
         for piece in self.pieces:
             Hv, Jv = piece.product(problem.inner.layout.split(v), direct)
-            H = [_sum(a, b) for a, b in zip(H, Hv, strict=True)]
-            J = [_sum(a, b) for a, b in zip(J, Jv, strict=True)]
+            H, J = added(H, Hv), added(J, Jv)
         if outer:
-            self.reached = [
-                a or part is not None for a, part in zip(self.reached, J, strict=True)
-            ]
-        nothing = v.new_empty(0)
-        return (
-            problem.inner.layout.flatten(H) if inner else nothing,
-            problem.outer.layout.flatten(J) if outer else nothing,
-        )
+            self.reach(J)
+        return self.flat(H, J, inner, outer)
 
     def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Z, D, λ) with B = Zᵀ D Z + diag(λ), Z of shape (outputs, parameters).
@@ -318,10 +319,6 @@ def _matrix(
     return torch.cat(flat, 1)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
 def _gradients(
     outputs: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
@@ -329,21 +326,5 @@ def _gradients(
     **options: bool,
 ) -> list[Tensor | None]:
     """``autograd.grad`` of those outputs that have a graph; the graph stays."""
-    pairs = [
-        (output, weight)
-        for output, weight in zip(outputs, weights, strict=True)
-        if output is not None and weight is not None and output.requires_grad
-    ]
-    live = [tensor for tensor in wanted if tensor.requires_grad]
-    if not pairs or not live:
-        return [None] * len(wanted)
-    found = torch.autograd.grad(
-        [output for output, _ in pairs],
-        live,
-        [weight for _, weight in pairs],
-        retain_graph=True,
-        allow_unused=True,
-        **options,
-    )
-    reached = dict(zip(map(id, live), found, strict=True))
-    return [reached.get(id(tensor)) for tensor in wanted]
+    (found,) = pulled(outputs, weights, wanted, retain_graph=True, **options)
+    return found

@@ -81,9 +81,7 @@ def _clean(graph: Graph) -> None:
             known = seen.setdefault(key, node)
             if known is not node:
                 node.replace_all_uses_with(known)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not _random(node):
-            graph.erase_node(node)
+    _drop_unused(graph)
 
 
 def _reshapes_nothing(node: Node) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from ..problem import (
     WeightedCall,
     gradients,
     like,
+    pulled,
     reachable_numbers,
     scalar,
 )
@@ -98,12 +99,13 @@ class Traced(Products):
         self, problem: BilevelProblem, call: Call
     ) -> tuple[Recording, Values]:
         """The program for a call, recorded if there is none yet, and its values at the point."""
-        key = (self, *_key(problem, call))
+        given = _flatten(problem, call)
+        key = (self, *_key(problem, call, given))
         known = problem.recorded.pop(key, None)
-        values = None if known is None else known.at(call)
+        values = None if known is None else known.at(call, given.tensors)
         if known is None or values is None:
-            known = Recording(problem, call, self)
-            values = known.at(call)
+            known = Recording(problem, call, given, self)
+            values = known.at(call, given.tensors)
             if values is None:
                 raise CaptureFailed(
                     f"The recorded program of {call.name!r} gives another loss than the function "
@@ -140,8 +142,15 @@ class Traced(Products):
                 )
 
 
-def _flatten(problem: BilevelProblem, call: Call) -> tuple[list[Tensor], list, Any]:
-    """Tensor arguments that are data, all leaves with a mark in their place, the structure."""
+class Given(NamedTuple):
+    """The arguments of a call, taken apart."""
+
+    tensors: list[Tensor]  # data
+    rest: list  # every leaf, with a mark where a tensor is to be put
+    spec: Any  # the containers
+
+
+def _flatten(problem: BilevelProblem, call: Call) -> Given:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     tensors, rest = [], []
     for leaf in leaves:
@@ -156,15 +165,15 @@ def _flatten(problem: BilevelProblem, call: Call) -> tuple[list[Tensor], list, A
                 "into. Pass its tensors, in tuples, lists or dicts, or use "
                 "products='double_backward'."
             )
-    return tensors, rest, spec
+    return Given(tensors, rest, spec)
 
 
 _DATA = object()  # stands where a tensor is to be put
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
-def _key(problem: BilevelProblem, call: Call) -> tuple:
-    tensors, rest, spec = _flatten(problem, call)
+def _key(problem: BilevelProblem, call: Call, given: Given) -> tuple:
+    tensors, rest, spec = given
     metadata = tuple(
         (t.shape, t.dtype, t.device, t.stride(), t.requires_grad) for t in tensors
     )
@@ -199,21 +208,25 @@ class Recording:
     Args:
         problem: the problem.
         call: an example.
+        given: its arguments.
         options: the engine.
     """
 
-    def __init__(self, problem: BilevelProblem, call: Call, options: Traced):
+    def __init__(
+        self, problem: BilevelProblem, call: Call, given: Given, options: Traced
+    ):
         self.problem, self.options, self.name = problem, options, call.name
         self.function = call.function
         self.reached = [False] * len(problem.outer.tensors)
-        tensors, _, _ = _flatten(problem, call)
         v = problem.inner.layout.zeros()
         with problem.evaluating(call):
             # buffers are copies in here: which tensor is which buffer
             places = {id(b): (m, n) for m, n, b in problem.modules.buffers()}
             try:
                 with uncompiled_functions():
-                    module, others = record(self._program(call), [v, *tensors])
+                    module, others = record(
+                        self._program(call, given), [v, *given.tensors]
+                    )
             except Exception as error:
                 raise failed(call.name, error) from error
         self.others = [places.get(id(tensor), tensor) for tensor in others]
@@ -222,14 +235,13 @@ class Recording:
         self._products: dict[tuple[bool, bool], Callable[..., Any]] = {}
         self.nbytes = 0
 
-    def _program(self, call: Call) -> Callable[..., Any]:
-        problem = self.problem
-        _, rest, spec = _flatten(problem, call)
+    def _program(self, call: Call, given: Given) -> Callable[..., Any]:
+        problem, (_, rest, spec) = self.problem, given
 
         def run(v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             """(loss, ∇_y g, H v, J v) of a call on these arguments."""
-            given = iter(tensors)
-            leaves = [next(given) if leaf is _DATA else leaf for leaf in rest]
+            data = iter(tensors)
+            leaves = [next(data) if leaf is _DATA else leaf for leaf in rest]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             here = Call(call.function, args, kwargs, call.name, autocast=call.autocast)
             loss = scalar(problem.run(here), call.name)
@@ -237,20 +249,7 @@ class Recording:
             (parts,) = gradients(
                 loss, torch.ones_like(loss), inner.tensors, create_graph=True
             )
-            pairs = [
-                (part, weight)
-                for part, weight in zip(parts, inner.layout.split(v), strict=True)
-                if part is not None and part.requires_grad
-            ]
-            H: Sequence[Tensor | None] = [None] * len(inner.tensors)
-            J: Sequence[Tensor | None] = [None] * len(outer.tensors)
-            if pairs:
-                H, J = gradients(
-                    [part for part, _ in pairs],
-                    [weight for _, weight in pairs],
-                    inner.tensors,
-                    problem.direct,
-                )
+            H, J = pulled(parts, inner.layout.split(v), inner.tensors, problem.direct)
             self.reached = [part is not None for part in J]
             detached = [None if part is None else part.detach() for part in parts]
             return (
@@ -262,10 +261,9 @@ class Recording:
 
         return run
 
-    def at(self, call: Call) -> Values | None:
+    def at(self, call: Call, tensors: Sequence[Tensor]) -> Values | None:
         """Run the prefix at the present point; None if the loss itself gives another value."""
         problem = self.problem
-        tensors, _, _ = _flatten(problem, call)
         v = problem.inner.layout.zeros()
         with problem.evaluating(call):  # with grad: it may differentiate by itself
             loss = problem.value(call).detach()
