@@ -1,11 +1,15 @@
 """Tests run in float64, seeded, with warnings as errors."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before they are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=25

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import torch_bilevel as tb
+from torch_bilevel.kernels.language import unavailable
 from torch_bilevel.solvers import (
     CG,
     CGNR,
@@ -21,6 +22,9 @@ from torch_bilevel.solvers import (
     Neumann,
     Operator,
     Richardson,
+    cg,
+    momentum,
+    richardson,
 )
 
 ACCURATE = {name: text for name, text in ESTIMATORS.items() if text}
@@ -239,6 +243,7 @@ def test_solutions_are_linear_in_the_right_hand_side(eigenvalues, seed, c):
         torch.testing.assert_close(other, c * one, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinite numbers
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rtol", [0.0, 1e-6])
 @pytest.mark.parametrize("kind", ["definite", "indefinite", "singular", "zero", "nan"])
@@ -258,20 +263,76 @@ def test_cg_on_the_host_and_on_a_device_are_the_same(kind, rtol, dtype):
         b = Q @ (d * torch.randn(12, dtype=dtype))
     A = Q @ (d[:, None] * Q.T)
     for steps, x0 in ((3, None), (9, None), (9, 0.1 * torch.ones(12, dtype=dtype))):
-        solver, found = tb.CG(max_steps=steps, rtol=rtol), []
-        for run in ("_on_host", "_on_device"):
-            other = "_on_device" if run == "_on_host" else "_on_host"
-            plain = getattr(tb.CG, run)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tb.CG, other, plain)
-                found.append(solver.solve(Operator(A.mv, 12), b, x0))
-        host, device = found
-        close = 1e-9 if dtype == torch.float64 else 1e-3
-        torch.testing.assert_close(
-            host.value, device.value, rtol=close, atol=close, equal_nan=True
+        host, *others = (
+            tb.CG(max_steps=steps, rtol=rtol).solve(Operator(A.mv, 12), b, x0)
+            for _, kernels in everywhere()
+            if not (kernels and NO_KERNELS)
         )
-        assert host.status == device.status
-        assert int(host.num_steps) == int(device.num_steps)
+        agree(host, others, 1e-9 if dtype == torch.float64 else 1e-3)
+
+
+def everywhere():
+    """Solvers as on the host, as on a device without kernels, and as on one with kernels."""
+    for host, kernels in ((True, False), (False, False), (False, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (cg, momentum, richardson):
+                patch.setattr(module, "by_kernels", lambda b, k=kernels: k)
+            patch.setattr(cg, "on_host", lambda b, h=host: h)
+            yield host, kernels
+
+
+def agree(host, others, close):
+    for found in others:
+        torch.testing.assert_close(
+            host.value, found.value, rtol=close, atol=close, equal_nan=True
+        )
+        assert host.status == found.status
+        assert int(host.num_steps) == int(found.num_steps)
+        if not torch.isfinite(host.value).all():
+            continue  # a residual of what is lost says nothing
+        torch.testing.assert_close(
+            host.residual, found.residual, rtol=close, atol=close, equal_nan=True
+        )
+        torch.testing.assert_close(
+            host.curvature.double(), found.curvature.double(), rtol=close, atol=close,
+            equal_nan=True,
+        )  # fmt: skip
+
+
+NO_KERNELS = unavailable(torch.zeros(1))
+
+
+@pytest.mark.skipif(NO_KERNELS is not None, reason=str(NO_KERNELS))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinite numbers
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "zero", "nan", "unit"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        tb.Richardson(7, 0.03, rtol=0.0), tb.Richardson(40, 0.05, rtol=0.1),
+        tb.Richardson(7, 0.2, rtol=0.0), tb.Richardson(1, 0.03), tb.Richardson(9),
+        tb.Neumann(6, 0.03), tb.Neumann(1, 0.03), tb.Neumann(7, 0.2), tb.Neumann(5),
+        tb.HeavyBall(8, 0.0), tb.HeavyBall(60, 0.1), tb.HeavyBall(8, 0.0, 1.0, 30.0),
+        tb.HeavyBall(8, 0.0, 1.0, 10.0), tb.Nesterov(8, 0.0), tb.Nesterov(60, 0.1),
+        tb.Nesterov(8, 0.0, 1.0, 10.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_steps_by_kernels_and_by_operations_are_the_same(solver, kind):
+    d = {
+        "definite": torch.linspace(1, 30, 12),
+        "indefinite": torch.linspace(-1, 30, 12),
+        "zero": torch.linspace(1, 30, 12),
+        "nan": torch.full((12,), torch.nan),
+        "unit": torch.ones(12),
+    }[kind]
+    Q = torch.linalg.qr(torch.randn(12, 12))[0]
+    A = Q @ (d[:, None] * Q.T)
+    b = torch.zeros(12) if kind == "zero" else torch.randn(12)
+    for x0 in (None, 0.1 * torch.ones(12)):
+        host, _, kernels = (
+            solver.solve(Operator(A.mv, 12), b, x0, Memory()) for _ in everywhere()
+        )
+        agree(host, [kernels], 1e-9)
 
 
 def test_cg_takes_three_operations_on_vectors_a_step_and_waits_for_nothing():
@@ -290,11 +351,11 @@ def test_cg_takes_three_operations_on_vectors_a_step_and_waits_for_nothing():
     def count(steps, run):
         solver, counter = tb.CG(max_steps=steps, rtol=0.0), Counter()
         b = torch.ones(100)
-        rows, A = torch.stack([0 * b, b, b, b]), torch.linspace(1, 9, 100)
+        A = torch.linspace(1, 9, 100)
         fixed = A * b  # what the product costs is not counted
         with counter:
             operator = Operator(lambda p: fixed, 100)
-            getattr(solver, run)(operator, rows, b.new_zeros(()), torch.tensor(True))
+            getattr(solver, run)(operator, b, b.new_zeros(()), torch.tensor(True))
         return counter.vectors, counter.waits
 
     for run in ("_on_host", "_on_device"):

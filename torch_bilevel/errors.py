@@ -125,6 +125,10 @@ class CaptureFailed(BilevelError):
     """A loss could not be recorded as a program of plain operations."""
 
 
+class KernelUnavailable(BilevelError):
+    """A kernel that was asked for cannot run here."""
+
+
 class NoThirdDerivative(BilevelError):
     """An operation with two derivatives was differentiated three times."""
 

@@ -1,6 +1,7 @@
 """The loss of linear outputs and its products along a direction known in advance.
 
-As the functions of `linear_loss`, for W, b and ω, with x read twice in all. See `foresee`.
+As the functions of `linear_loss`, for W, b and ω: the loss, its gradient and H v come from one
+visit to x, before the gradient is asked for. See `foresee`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import NoThirdDerivative
+from ..kernels.one_pass import Direction
 from .foresee import same
-from .formulas import (
-    Terms,
-    gradient_along,
-    second,
-    slopes,
-    values_along,
-    weighted_sum,
-)
+from .formulas import Terms, joint, second, times, values
 from .link import Link
 
 
@@ -33,13 +28,14 @@ class _LossAlong(Function):
         dW: Any, db: Any, link: Any,
     ) -> Any:  # fmt: skip
         terms = Terms(link, x, weight, bias, target, share, omega)
-        losses, state, u = values_along(terms, dW, db)
+        found = joint(terms, Direction(dW, db))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            weight, bias, omega, x, target, share, losses, state, u, dW, db
-        )
+            weight, bias, omega, x, target, share, dW, db, found.losses, found.slopes,
+            *found.gradient, *found.product,
+        )  # fmt: skip
         ctx.link = link
-        return weighted_sum(losses, share, omega)
+        return found.loss
 
     @staticmethod
     def backward(ctx: Any, seed: Any) -> Any:  # type: ignore[override]
@@ -49,42 +45,41 @@ class _LossAlong(Function):
         return *found, *(None,) * 6
 
 
-def _terms(link: Link, saved: Any) -> Terms:
-    weight, bias, omega, x, target, share, losses, state = saved[:8]
-    return Terms(link, x, weight, bias, target, share, omega, losses, state)
-
-
 class _GradientAlong(Function):
-    """(W, b, ω, s) ↦ ∂S/∂(W, b, ω), with H v computed on the way."""
+    """(W, b, ω, s) ↦ ∂S/∂(W, b, ω), all of which is known but for the factor s."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *saved, u, dW, db, seed, link = inputs
-        wanted = False, True, True, False, saved[2] is not None
-        first, (_, hW, hb, _) = gradient_along(_terms(link, saved), seed, u, wanted)
+        *saved, seed, link = inputs
+        omega, share, losses, gW, gb = (saved[k] for k in (2, 5, 8, 10, 11))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved, u, dW, db, seed, hW, hb)
+        ctx.save_for_backward(*saved, seed)
         ctx.link = link
-        _, gW, gb, _, gω = first
-        return gW, gb, gω
+        to_omega = None if omega is None else times(seed, share) * losses
+        return seed * gW, None if gb is None else seed * gb, to_omega
 
     @staticmethod
     def backward(ctx: Any, vW: Any, vb: Any, vω: Any) -> Any:  # type: ignore[override]
-        *saved, u, dW, db, seed, hW, hb = ctx.saved_tensors
-        terms, needs = _terms(ctx.link, saved), ctx.needs_input_grad
-        wanted = (False, needs[0], needs[1], False, needs[2], needs[11])
+        *saved, seed = ctx.saved_tensors
+        weight, bias, omega, x, target, share, dW, db, _, slopes, _, _, hW, hb = saved
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             raise NoThirdDerivative(
                 "torch_bilevel.ops were differentiated three times, in a single-loop estimator. "
                 "Write the loss with torch.nn.functional instead."
             )
         if vω is None and same(vW, dW) and same(vb, db):
-            cW, cb = hW, hb
-            cω, cs = slopes(terms, seed, u, wanted)
+            cW, cb = seed * hW, None if hb is None else seed * hb
+            cω = times(seed, share) * slopes if needs[2] else None
+            # ∂_s ⟨s ∇S, v⟩ = Σ κ ω∘⟨r, u⟩
+            cs = times(times(slopes, share), omega).sum() if needs[14] else None
         else:
-            along = None, vW, vb, None, vω
-            _, cW, cb, _, cω, cs = second(terms, seed, along, wanted)
-        return cW, cb, cω, *(None,) * 8, cs, None
+            terms = Terms(ctx.link, x, weight, bias, target, share, omega)
+            losses, state = values(terms)
+            terms = terms._replace(losses=losses, state=state)
+            wanted = (False, needs[0], needs[1], False, needs[2], needs[14])
+            _, cW, cb, _, cω, cs = second(terms, seed, (None, vW, vb, None, vω), wanted)
+        return cW, cb, cω, *(None,) * 11, cs, None
 
 
 def loss_along(

@@ -29,6 +29,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels.joint import Joint
+from ..kernels.joint import reference as joint_of_chunk
+from ..kernels.one_pass import Direction
+from .fused import hessian_product, joint_oracle
 from .link import Link
 
 CHUNK = 2**20  # entries of x in a chunk: it is to be in the cache when it is read again
@@ -209,6 +213,9 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
         along: (ẋ, Ẇ, ḃ, ṫ, ω̇), None where zero.
         wanted: which of x, W, b, t, ω, s.
     """
+    fused = _by_kernel(terms, seed, along, wanted)
+    if fused is not None:
+        return fused
     dtype, link = terms.weight.dtype, terms.link
     dx, dW, db, dt, dω = (
         part if part is None or part.dtype is dtype else part.to(dtype)
@@ -248,6 +255,40 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
     S = [part.sum() for part in S] if seed.dim() == 0 else S
     to_s = torch.stack(S).sum() if S and seed.dim() == 0 else _joined(S, -1)
     return _joined(X, 0), W, b, _joined(T, -1), _joined(omega, -1), to_s
+
+
+def _by_kernel(
+    terms: Terms, seed: Tensor, along: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> Parts | None:
+    """`second` of W, b and ω by a kernel; None where that is not what is asked for."""
+    dx, dW, db, dt, dω = along
+    to_x, _, _, to_target, to_omega, to_seed = wanted
+    state, n, dtype = terms.state, len(terms.x), terms.weight.dtype
+    if (
+        terms.link.kernel == "torch"
+        or state is None
+        or dW is None
+        or any(part is not None for part in (dx, dt, dω))
+        or to_x
+        or to_target
+        or to_seed
+        or seed.shape not in ((), (n,))
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    db = None if db is None else db.to(dtype)
+    W, b, omega = hessian_product(
+        terms.link, terms.x, dW.to(dtype), db, state, terms.target, seed.to(dtype),
+        terms.share, terms.omega, to_omega,
+    )  # fmt: skip
+    return (
+        None,
+        W if wanted[1] else None,
+        b if wanted[2] else None,
+        None,
+        omega if to_omega else None,
+        None,
+    )
 
 
 def _along(
@@ -293,46 +334,33 @@ def _seed(part: Terms, m: Tensor, dω: Any) -> Tensor:
 
 
 @precisely
-def values_along(
-    terms: Terms, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ℓ, the state and u from one product with x."""
-    c, dtype = len(terms.weight), terms.weight.dtype
-    stacked = torch.cat([terms.weight, weight.to(dtype)])
-    both = _whole_of([stacked @ part.x.mT for _, part in _chunks(terms)])
-    z, u = both[:c], both[c:]
-    if terms.bias is not None and bias is not None:
-        z, u = z + terms.bias.unsqueeze(1), u + bias.to(dtype).unsqueeze(1)
-    losses, state = terms.link.value(z, terms.target)
-    return losses, state, u
+def joint(terms: Terms, v: Direction) -> Joint:
+    """The loss, its gradient and H v from one visit to x; see `kernels.joint`."""
+    link, dtype = terms.link, terms.weight.dtype
+    at = Direction(terms.weight, terms.bias)
+    v = Direction(v.weight.to(dtype), None if v.bias is None else v.bias.to(dtype))
+    if link.kernel != "torch":
+        return joint_oracle(
+            link, terms.x, at, v, terms.target, terms.share, terms.omega
+        )
+    found = [
+        joint_of_chunk(link, part.x, at, v, part.target, part.share, part.omega)
+        for _, part in _chunks(terms)
+    ]
+    if len(found) == 1:
+        return found[0]
+    return Joint(
+        torch.stack([part.loss for part in found]).sum(),
+        torch.cat([part.losses for part in found]),
+        torch.cat([part.slopes for part in found]),
+        _sum([part.gradient for part in found]),
+        _sum([part.product for part in found]),
+    )
 
 
-@precisely
-def gradient_along(
-    terms: Terms, seed: Tensor, u: Tensor, wanted: Sequence[bool]
-) -> tuple[Parts, Parts]:
-    """`gradient` and, along the direction of u, `second`, of W and b, from one product."""
-    link, state, t = terms.link, terms.state, terms.target
-    assert state is not None and terms.losses is not None
-    a = times(times(seed, terms.share), terms.omega)
-    ar = a * link.residual(state, t)
-    q = a * link.along(state, t, u)[1]
-    both = torch.cat([ar, q]) @ _whole(terms).x
-    c = len(ar)
-    sums = (ar.sum(1), q.sum(1)) if terms.bias is not None else (None, None)
-    omega = _each(times(seed, terms.share) * terms.losses) if wanted[4] else None
-    first = None, both[:c], sums[0], None, omega
-    return first, (None, both[c:], sums[1], None)
-
-
-@precisely
-def slopes(terms: Terms, seed: Tensor, u: Tensor, wanted: Sequence[bool]) -> Parts:
-    """The last two of equations (2), ∂_ω and ∂_s, along the direction of u."""
-    assert terms.state is not None
-    m = terms.link.along(terms.state, terms.target, u)[0]
-    omega = _each(times(seed, terms.share) * m) if wanted[4] else None
-    to_seed = None
-    if wanted[5]:
-        to_seed = _seed(terms, m, None)
-        to_seed = to_seed.sum() if seed.dim() == 0 else to_seed
-    return omega, to_seed
+def _sum(parts: Sequence[Direction]) -> Direction:
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Direction(
+        functools.reduce(torch.add, [part.weight for part in parts]),
+        functools.reduce(torch.add, biases) if biases else None,
+    )

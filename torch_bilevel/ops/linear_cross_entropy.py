@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InvalidLoss
+from ..kernels.links import SOFTMAX
+from .fused import resolve
 from .link import Link
 from .reduction import (
     check,
@@ -31,7 +33,9 @@ from .reduction import (
 class _Indices(Link):
     """Targets are class indices; those ignored were replaced by 0."""
 
-    smoothing: float
+    smoothing: float = 0.0  # type: ignore[misc]
+
+    kind = SOFTMAX
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logp = torch.log_softmax(z, 0)
@@ -91,6 +95,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    kernel: str = "auto",
 ) -> Tensor:
     """Softmax cross-entropy of ``F.linear(x, weight, bias)`` as one operation.
 
@@ -108,12 +113,15 @@ def linear_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: a class index of examples that do not count.
         label_smoothing: ε in [0, 1].
+        kernel: what computes products with H: ``"torch"``, on CUDA also ``"rows"`` or
+            ``"one_pass"`` (see `fused`); ``"auto"`` chooses by size.
 
     Returns:
         The loss, 0-d, or (n,) without reduction; float32 for 16-bit arguments.
 
     Raises:
         InvalidLoss: shapes, dtypes or options do not fit.
+        KernelUnavailable: the kernel asked for cannot run here.
         NoThirdDerivative: it is differentiated three times. (Below n·d·c = 2²⁰ the loss is made of
             plain operations, which have all derivatives.)
 
@@ -148,7 +156,9 @@ def linear_cross_entropy(
                 f"{(len(x), len(weight))}."
             )
     valid: Tensor | None = None
-    if too_small(x, weight):
+    kind = None if soft else SOFTMAX
+    kernel = resolve(name, kernel, kind, x, weight)
+    if too_small(x, weight, kernel):
         count = len(x) if soft else (target != ignore_index).sum()
         function = partial(
             F.cross_entropy,
@@ -160,7 +170,7 @@ def linear_cross_entropy(
             function, x, weight, bias, example_weights, count, reduction
         )
     else:
-        link: Link = _Indices(label_smoothing)
+        link: Link = _Indices(kernel, label_smoothing)
         if soft:
             link, target = _Probabilities(), target.mT
             if label_smoothing:

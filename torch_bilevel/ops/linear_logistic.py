@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.links import LOGISTIC
 from .link import Link
 from .reduction import elementwise
 
@@ -19,6 +20,7 @@ class _Logistic(Link):
     """Targets are probabilities of each output, (c, n); the state is z."""
 
     elementwise = True
+    kind = LOGISTIC
     plain = staticmethod(F.binary_cross_entropy_with_logits)
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +51,7 @@ def linear_logistic(
     *,
     example_weights: Tensor | None = None,
     reduction: str = "mean",
+    kernel: str = "auto",
 ) -> Tensor:
     """Logistic loss of ``F.linear(x, weight, bias)`` as one operation.
 
@@ -62,12 +65,14 @@ def linear_logistic(
         target: probabilities in [0, 1], of the shape of the outputs: (n, c) or (n,).
         example_weights: ω, (n,).
         reduction: ``"mean"`` (over examples and outputs), ``"sum"`` or ``"none"``.
+        kernel: what computes products with H, see `linear_cross_entropy`.
 
     Returns:
         The loss, 0-d, or of the shape of the outputs without reduction.
 
     Raises:
         InvalidLoss: shapes, dtypes or options do not fit.
+        KernelUnavailable: the kernel asked for cannot run here.
         NoThirdDerivative: it is differentiated three times.
 
     Example:
@@ -80,5 +85,5 @@ def linear_logistic(
     """
     return elementwise(
         "linear_logistic",
-        _Logistic(), x, weight, bias, target, example_weights, reduction,
+        _Logistic, x, weight, bias, target, example_weights, reduction, kernel,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.links import SQUARED
 from .link import Link
 from .reduction import elementwise
 
@@ -16,6 +17,7 @@ class _Squared(Link):
     """Targets are real numbers, (c, n); the state is z."""
 
     elementwise = True
+    kind = SQUARED
     plain = staticmethod(F.mse_loss)
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,7 @@ def linear_squared_error(
     *,
     example_weights: Tensor | None = None,
     reduction: str = "mean",
+    kernel: str = "auto",
 ) -> Tensor:
     """Squared error of ``F.linear(x, weight, bias)`` as one operation.
 
@@ -61,12 +64,14 @@ def linear_squared_error(
         target: of the shape of the outputs: (n, c) or (n,).
         example_weights: ω, (n,).
         reduction: ``"mean"`` (over examples and outputs), ``"sum"`` or ``"none"``.
+        kernel: what computes products with H, see `linear_cross_entropy`.
 
     Returns:
         The loss, 0-d, or of the shape of the outputs without reduction.
 
     Raises:
         InvalidLoss: shapes, dtypes or options do not fit.
+        KernelUnavailable: the kernel asked for cannot run here.
         NoThirdDerivative: it is differentiated three times.
 
     Example:
@@ -80,5 +85,5 @@ def linear_squared_error(
     """
     return elementwise(
         "linear_squared_error",
-        _Squared(), x, weight, bias, target, example_weights, reduction,
+        _Squared, x, weight, bias, target, example_weights, reduction, kernel,
     )  # fmt: skip

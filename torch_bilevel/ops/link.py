@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Link(abc.ABC):
-    """The formulas of one loss ℓ(z, t); arrays are class-major, (c, n).
+    """The formulas of one loss ℓ(z, t), and who computes them; arrays are class-major, (c, n).
 
     ℓ is one number per example, (n,), or, ``elementwise``, one per output, (c, n). *State*: what
     the other formulas need of z, (c, n). Only losses with real targets have the last four.
     """
 
-    elementwise = False
-    plain: Any = None  # the same loss in torch.nn.functional, of z (n, c) and t
+    kernel: str = "torch"  # as `fused.resolve` found it
+
+    elementwise: ClassVar[bool] = False
+    plain: ClassVar[Any] = (
+        None  # the same loss in torch.nn.functional, of z (n, c) and t
+    )
+    kind: ClassVar[int | None] = None  # in kernels; None where they do not know it
+    smoothing: ClassVar[float] = 0.0
 
     @abc.abstractmethod
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

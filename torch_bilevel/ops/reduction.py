@@ -16,6 +16,7 @@ from .along import loss_along
 from .cut import cutting, fusing, model_output
 from .foresee import direction
 from .formulas import times
+from .fused import resolve
 from .linear_loss import linear_loss
 from .link import Link
 
@@ -101,13 +102,15 @@ def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return target.to(_precision(x, weight))
 
 
-def too_small(x: Tensor, weight: Tensor) -> bool:
+def too_small(x: Tensor, weight: Tensor, kernel: str) -> bool:
     """Whether an autograd function in Python would cost more than it saves.
 
-    Not where it costs nothing: in programs that are recorded, and under function transforms.
+    Not where it costs nothing: in programs that are recorded, and under function transforms; nor
+    with a kernel, on a device where launches cost more than Python.
     """
     return (
-        x.numel() * len(weight) <= formulas.SMALL
+        kernel == "torch"
+        and x.numel() * len(weight) <= formulas.SMALL
         and not fusing()
         and not cutting()
         and not torch.is_autocast_enabled(x.device.type)
@@ -186,7 +189,8 @@ def loss_of(
         return losses.mT if losses.dim() == 2 else losses
     along = direction(weight, bias)
     constant = not (x.requires_grad or target.requires_grad)
-    if along and constant and summed and weight.dtype is dtype and _small(x, weight):
+    exact = weight.dtype is dtype and not torch.is_autocast_enabled(x.device.type)
+    if along and constant and summed and exact:
         return loss_along(link, x, weight, bias, target, example_weights, share, along)
     losses = linear_loss(link, x, weight, bias, target, example_weights, share, summed)
     return losses.mT if losses.dim() == 2 else losses
@@ -194,13 +198,14 @@ def loss_of(
 
 def elementwise(
     name: str,
-    link: Link,
+    kind: type[Link],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     example_weights: Tensor | None,
     reduction: str,
+    kernel: str,
 ) -> Tensor:
     """A loss with one term for every output; a weight of shape (d,) has one without dimension."""
     check_tensors(name, x, weight, bias, target, example_weights)
@@ -211,11 +216,13 @@ def elementwise(
     check(name, x, weight, bias, example_weights, reduction)
     target = real_target(name, target, x, weight)
     given = example_weights
-    if too_small(x, weight):
-        function = partial(link.plain, target=target)
+    kernel = resolve(name, kernel, kind.kind, x, weight)
+    if too_small(x, weight, kernel):
+        function = partial(kind.plain, target=target)
         result = plain_loss(function, x, weight, bias, given, None, reduction)
     else:
-        result = loss_of(link, x, weight, bias, target.mT, given, None, reduction)
+        t = target.mT
+        result = loss_of(kind(kernel), x, weight, bias, t, given, None, reduction)
     return result.squeeze(-1) if single and reduction == "none" else result
 
 
@@ -230,13 +237,6 @@ def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = _precision(x, weight)
     bias = None if bias is None else bias.to(dtype)
     return F.linear(x.to(dtype), weight.to(dtype), bias)
-
-
-def _small(x: Tensor, weight: Tensor) -> bool:
-    """Whether the outputs may be kept, and nothing is rounded first."""
-    return len(x) * len(weight) <= formulas.KEEP and not torch.is_autocast_enabled(
-        x.device.type
-    )
 
 
 def _inverse(count: int) -> float:

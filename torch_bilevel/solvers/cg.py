@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..kernels import cg_step
+from ..kernels.cg_step import unit_of
 from .base import (
     Memory,
     Operator,
@@ -27,6 +29,7 @@ from .base import (
     solution,
     start,
 )
+from .device import advance, by_kernels, on_host
 
 
 @dataclass(frozen=True)
@@ -74,21 +77,22 @@ class CG(Solver):
         size = b.abs().amax() if len(b) else b.new_ones(())
         size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
         r, b = r / size, b / size
-        rows = torch.stack([torch.zeros_like(x), r, r, r])  # x − x₀, r, p, A p
-        target = self.rtol**2 * torch.dot(b, b)
-        run = self._on_host if b.device.type == "cpu" else self._on_device
+        target, cold = self.rtol**2 * torch.dot(b, b), ~x.any()
         with full_precision(b.device):
-            rows, flags = run(operator, rows, target, ~x.any())
+            if on_host(b):
+                moved, r, flags = self._on_host(operator, r, target, cold)
+            else:
+                moved, r, flags = self._on_device(operator, r, target, cold, memory)
         broken, unit = flags.pop("broken"), flags.pop("unit")
-        x = torch.where(broken, torch.nan, x + rows[0] * (size / unit))
-        r = rows[1]
+        x = torch.where(broken, torch.nan, x + moved * (size / unit))
         converged = torch.dot(r, r) <= target
         return solution(x, relative(r, b), converged=converged, **flags)
 
     def _on_host(
-        self, operator: Operator, rows: Tensor, target: Tensor, cold: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, operator: Operator, r: Tensor, target: Tensor, cold: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The iteration with numbers in Python, where reading a tensor waits for no device."""
+        rows = torch.stack([torch.zeros_like(r), r, r, r])  # x − x₀, r, p, A p
         other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
         unit, goal = torch.ones_like(target), float(target)
         ahead = float(torch.dot(rows[1], rows[1]))
@@ -97,7 +101,7 @@ class CG(Solver):
             if not ahead > goal:
                 break
             Ap = operator(rows[2])
-            unit = _unit(Ap, rows[2]) if k == 0 else unit
+            unit = unit_of(Ap, rows[2]) if k == 0 else unit
             torch.div(Ap, unit, out=rows[3])
             (rr, _, rAp), (_, pp, pAp), (_, _, ApAp) = _inner_products(rows).tolist()
             if not (rr > goal and pp > 0):
@@ -127,75 +131,50 @@ class CG(Solver):
             if not good:
                 break
             steps += 1
-        return rows, {
-            "num_steps": torch.tensor(steps),
-            "negative_curvature": torch.tensor(negative),
-            "curvature": curvature * unit,
-            "broken": torch.tensor(broken),
-            "unit": unit,
-        }
+        return (
+            rows[0],
+            rows[1],
+            {
+                "num_steps": torch.tensor(steps),
+                "negative_curvature": torch.tensor(negative),
+                "curvature": curvature * unit,
+                "broken": torch.tensor(broken),
+                "unit": unit,
+            },
+        )
 
     def _on_device(
-        self, operator: Operator, rows: Tensor, target: Tensor, cold: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with masks, so that the host waits for nothing unless ``rtol`` asks for it."""
-        other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
-        unit, zero = torch.ones_like(target), torch.zeros_like(target)
-        active = going = torch.dot(rows[1], rows[1]) > target
-        steps = torch.zeros((), dtype=torch.int64, device=rows.device)
-        negative = broken = torch.zeros_like(active)
-        curvature, scale = zero, zero
-        still, by_alpha, by_beta = _moves(rows)
-        for k in range(self.max_steps):
-            if self.rtol and not bool(going):
-                break
-            Ap = operator(rows[2])
-            unit = _unit(Ap, rows[2]) if k == 0 else unit
-            torch.div(Ap, unit, out=rows[3])
-            rr, _, rAp, _, pp, pAp, _, _, ApAp = _inner_products(rows).flatten()
-            active = active & (rr > target)
-            here = pAp / pp
-            scale = torch.fmax(scale, (ApAp / pp).sqrt())
-            curvature = torch.where(active, here, curvature)
-            broken = broken | (active & ~torch.isfinite(pAp))
-            bad = active & (here < -10 * eps * scale)
-            negative = negative | bad
-            active = active & (here > 10 * eps * scale) & ~broken
-            steady = active | (bad & cold) if k == 0 else active
-            alpha = torch.where(steady, rr / pAp.abs(), zero)
-            ahead = (rr + alpha * (alpha * ApAp - 2 * rAp)).clamp_min(0)
-            beta = torch.where(active, ahead / rr, zero)
-            moves = still + alpha * by_alpha + beta * by_beta
-            torch.mm(moves, rows, out=other[:3])
-            rows, other = other, rows
-            steps = steps + active
-            going = active & (ahead + 8 * eps * rr > target)
-        return rows, {
-            "num_steps": steps,
-            "negative_curvature": negative,
-            "curvature": curvature * unit,
-            "broken": broken,
-            "unit": unit,
-        }
-
-
-def _unit(Ap: Tensor, p: Tensor) -> Tensor:
-    """The size of A, in which A p is measured: squares of a small A would vanish."""
-    unit = Ap.abs().amax() / p.abs().amax()
-    return torch.where((unit > 0) & torch.isfinite(unit), unit, 1.0)
+        self,
+        operator: Operator,
+        r: Tensor,
+        target: Tensor,
+        cold: Tensor,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same with flags on the device; see `advance` for when the host looks at them."""
+        state = cg_step.started(r, target, cold)
+        step = cg_step.cg_step if by_kernels(r) else cg_step.reference
+        early, steps = self.rtol > 0, self.max_steps
+        state, taken = advance(operator, state, step, steps, early, memory)
+        numbers, flags = state.numbers[taken % 2], state.flags[taken % 2]
+        moved, r = state.rows[:2, : state.size]
+        unit = numbers[cg_step.UNIT]
+        return (
+            moved,
+            r,
+            {
+                "num_steps": flags[cg_step.STEPS].long(),
+                "negative_curvature": flags[cg_step.NEGATIVE] > 0,
+                "curvature": numbers[cg_step.CURVATURE] * unit,
+                "broken": flags[cg_step.BROKEN] > 0,
+                "unit": unit,
+            },
+        )
 
 
 def _inner_products(rows: Tensor) -> Tensor:
     """Those of r, p and A p with each other, (3, 3), from one operation."""
     return rows[1:] @ rows[1:].mT
-
-
-def _moves(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The step (x, r, p, A p) ↦ (x + α p, r − α A p, r − α A p + β p) as M_0 + α M_1 + β M_2."""
-    still = like.new_tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
-    by_alpha = like.new_tensor([[0, 0, 1, 0], [0, 0, 0, -1], [0, 0, 0, -1]])
-    by_beta = like.new_tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
-    return still, by_alpha, by_beta
 
 
 @contextlib.contextmanager

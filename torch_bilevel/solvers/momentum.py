@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from ..kernels import momentum_step
 from .base import (
     Memory,
     Operator,
@@ -29,6 +31,7 @@ from .base import (
     solution,
     start,
 )
+from .device import advance, by_kernels
 from .richardson import with_step_size
 from .spectrum import extreme_eigenvalues
 
@@ -126,6 +129,7 @@ def descend(
     max_steps: int,
     rtol: float,
     ahead: bool,
+    memory: Memory | None = None,
 ) -> Solution:
     """``max_steps`` steps with momentum.
 
@@ -140,6 +144,7 @@ def descend(
         max_steps: cap on the number of steps.
         rtol: relative tolerance; 0 runs all steps.
         ahead: take the residual at the extrapolated point (Nesterov).
+        memory: keeps captured graphs.
 
     Returns:
         The last iterate; that of smallest residual, at least one step from zero, if the
@@ -148,6 +153,20 @@ def descend(
     # r = b − A x;  p: the last displacement x − x⁻;  q = A p
     first, step, momentum = coefficients
     x, r = start(operator, b, x0)
+    if by_kernels(b):
+        return _on_device(
+            operator,
+            b,
+            x,
+            r,
+            coefficients,
+            upper,
+            watch,
+            max_steps,
+            rtol,
+            ahead,
+            memory,
+        )
     p = q = torch.zeros_like(b)
     rr = rr_start = torch.dot(r, r)
     target = rtol**2 * torch.dot(b, b)
@@ -192,5 +211,44 @@ def descend(
         converged=(rr <= target) & ~broken,
         negative_curvature=negative,
         curvature=curvature,
+        diverged=diverged & ~negative & ~broken,
+    )
+
+
+def _on_device(
+    operator: Operator,
+    b: Tensor,
+    x: Tensor,
+    r: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor],
+    upper: Tensor,
+    watch: bool,
+    max_steps: int,
+    rtol: float,
+    ahead: bool,
+    memory: Memory | None,
+) -> Solution:
+    """`descend` by kernels, with flags on the device."""
+    target = rtol**2 * torch.dot(b, b)
+    state = momentum_step.started(x, r, coefficients, upper, target, ~x.any())
+    step = partial(momentum_step.momentum_step, ahead=ahead, watch=watch)
+    state, taken = advance(
+        operator, state, step, max_steps, rtol > 0, memory, (ahead, watch)
+    )
+    state = step(state, None, taken)
+    here = (taken + 1) % 2
+    numbers, flags = state.numbers[here], state.flags[here] > 0
+    negative, broken = flags[momentum_step.NEGATIVE], flags[momentum_step.BROKEN]
+    diverged = flags[momentum_step.DIVERGED]
+    failed = negative | diverged
+    rr, best_rr = numbers[momentum_step.RR], numbers[momentum_step.BEST_RR]
+    rr = torch.where(failed, best_rr, rr)
+    return solution(
+        torch.where(broken, torch.nan, torch.where(failed, state.best, state.x)),
+        relative(rr.sqrt().reshape(1), b),
+        num_steps=state.flags[here, momentum_step.STEPS].long(),
+        converged=(rr <= target) & ~broken,
+        negative_curvature=negative,
+        curvature=numbers[momentum_step.CURVATURE],
         diverged=diverged & ~negative & ~broken,
     )

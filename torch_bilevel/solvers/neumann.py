@@ -64,8 +64,7 @@ class Neumann(Solver):
         zero = torch.zeros_like(b)
 
         def run(eta: Tensor) -> Solution:
-            return iterate(
-                operator, b, zero, b, eta, self.num_steps, 0.0, last_product=False
-            )
+            steps = self.num_steps
+            return iterate(operator, b, zero, b, eta, steps, 0.0, False, memory)
 
         return with_step_size(run, operator, b, self.step_size, memory)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..kernels import richardson_step
 from .base import (
     Memory,
     Operator,
@@ -26,6 +27,7 @@ from .base import (
     solution,
     start,
 )
+from .device import advance, by_kernels
 from .spectrum import largest_eigenvalue
 
 
@@ -75,7 +77,8 @@ class Richardson(Solver):
         x, r = start(operator, b, x0)
 
         def run(eta: Tensor) -> Solution:
-            return iterate(operator, b, x, r, eta, self.max_steps, self.rtol)
+            steps, rtol = self.max_steps, self.rtol
+            return iterate(operator, b, x, r, eta, steps, rtol, memory=memory)
 
         return with_step_size(run, operator, b, self.step_size, memory)
 
@@ -89,6 +92,7 @@ def iterate(
     num_steps: int,
     rtol: float,
     last_product: bool = True,
+    memory: Memory | None = None,
 ) -> Solution:
     """``num_steps`` Richardson steps from (x, r = b − A x).
 
@@ -102,10 +106,13 @@ def iterate(
         rtol: relative tolerance; 0 runs all steps.
         last_product: spend a product on the residual of the last iterate; without it the
             residual reported is that of the iterate before.
+        memory: keeps captured graphs.
 
     Returns:
         The last iterate, or the one of smallest residual if the iteration diverged.
     """
+    if by_kernels(b):
+        return _on_device(operator, b, x, r, eta, num_steps, rtol, last_product, memory)
     target = rtol**2 * torch.dot(b, b)
     best, best_rr = x, torch.dot(r, r)
     rr = best_rr
@@ -135,6 +142,45 @@ def iterate(
         num_steps=torch.tensor(steps, device=b.device),
         converged=rr <= target,
         curvature=curvature,
+        diverged=diverged,
+    )
+
+
+def _on_device(
+    operator: Operator,
+    b: Tensor,
+    x: Tensor,
+    r: Tensor,
+    eta: Tensor,
+    num_steps: int,
+    rtol: float,
+    last_product: bool,
+    memory: Memory | None,
+) -> Solution:
+    """`iterate` by kernels, with flags on the device."""
+    bb = torch.dot(b, b)
+    state = richardson_step.started(x, r, eta, rtol**2 * bb, ~x.any())
+    products = num_steps if last_product else num_steps - 1
+    state, taken = advance(
+        operator, state, richardson_step.richardson_step, products, rtol > 0, memory
+    )
+    state = richardson_step.richardson_step(state, None, taken)
+    here = (taken + 1) % 2
+    numbers, flags = state.numbers[here], state.flags[here]
+    rr, best_rr = numbers[richardson_step.RR], numbers[richardson_step.BEST_RR]
+    steps, going = flags[richardson_step.STEPS].long(), flags[richardson_step.GOING] > 0
+    value = state.x
+    if not last_product:
+        value = torch.where(going, value + eta * state.r, value)
+        steps = steps + going
+    broken = flags[richardson_step.BROKEN] > 0
+    diverged = ~broken & ~(rr <= bb * (1 + 1e-3))
+    return solution(
+        torch.where(broken, torch.nan, torch.where(diverged, state.best, value)),
+        relative(torch.where(diverged, best_rr, rr).sqrt().reshape(1), b),
+        num_steps=steps,
+        converged=~going,
+        curvature=numbers[richardson_step.CURVATURE],
         diverged=diverged,
     )
 

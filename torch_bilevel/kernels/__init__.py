@@ -1,0 +1,1 @@
+"""Triton kernels, and nothing but kernels: what each computes stands in `reference`, in PyTorch."""

@@ -1,0 +1,296 @@
+"""All steps of conjugate gradients for many few-shot heads in one launch, a program for each.
+
+    A_t v = Σ_i a_i (ℓ_zz (V x_i + v_b)) (x_i, 1)ᵀ + λ_t v,     A_t v_t = b_t,     t = 1, …, T
+
+*Direct* (d ≤ 128): x and the vectors (c, d) stay on the chip. *In sample space*, any d: every
+vector of the iteration from zero is α b + Sᵀ x with S (n, c), so that a step costs n² c whatever d
+is; with K = x xᵀ and B = x bᵀ,
+
+    x v = α B + K S,    A v = (λ α, λ S + D(x v)),    ⟨v, v⟩ = α² ⟨b, b⟩ + α ⟨B, S⟩ + ⟨S, x v⟩
+
+x is read twice in all. Where d < n, b lies in the span of x and these sums cancel: there the
+direct form is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .language import DTYPES, jit, padded, tl
+from .links import curvature, over_rows
+from .one_pass import Direction, precision
+
+MOST_ROWS = 64  # of a task: K is in registers
+DIRECT = 128  # most features for the direct form
+
+
+class Heads(NamedTuple):
+    """Solutions for all tasks."""
+
+    value: Direction  # (T, c, d) and (T, c) or None
+    num_steps: Tensor  # (T,)
+    residual: Tensor  # ‖b − A v‖/‖b‖, (T,); zero where b is
+    negative_curvature: Tensor  # (T,)
+
+
+def reference(
+    link: Any,
+    x: Tensor,
+    state: Tensor,
+    scale: Tensor,
+    damping: Tensor,
+    b: Direction,
+    num_steps: int,
+) -> Heads:
+    """The same by batched operations of PyTorch; see `head_cg`."""
+    (T, n, d), c = x.shape, state.shape[1]
+    tasks, eps = damping.expand(T)[:, None], torch.finfo(x.dtype).eps
+    columns = x if b.bias is None else torch.cat([x, x.new_ones(T, n, 1)], 2)
+    parts = [b.weight] if b.bias is None else [b.weight, b.bias.unsqueeze(2)]
+    right = torch.cat(parts, 2).reshape(T, -1)
+
+    def times(v: Tensor) -> Tensor:
+        u = v.reshape(T, c, -1) @ columns.mT  # (T, c, n)
+        curved = link.along(
+            state.movedim(0, 1), _no_target(link, state), u.movedim(0, 1)
+        )
+        q = curved[1].movedim(1, 0) * scale[:, None]
+        return (q @ columns).reshape(T, -1) + tasks * v
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).sum(1, keepdim=True)
+
+    v, r, p, rr = torch.zeros_like(right), right, right, dot(right, right)
+    bb, going, steps = rr, rr > 0, torch.zeros_like(rr, dtype=torch.int64)
+    negative = torch.zeros_like(going)
+    for _ in range(num_steps):
+        q = times(p)
+        pq, pp = dot(p, q), dot(p, p)
+        stretch = 2 * (pq - tasks * pp).abs() + tasks.abs() * pp
+        negative = negative | (going & (pq < -10 * eps * stretch))
+        going = going & (rr > 0) & (pq > 10 * eps * stretch)
+        alpha = torch.where(going, rr / torch.where(going, pq, 1), 0)
+        v, r = v + alpha * p, r - alpha * q
+        new = torch.where(going, dot(r, r), rr)
+        p = torch.where(going, r + (new / torch.where(rr > 0, rr, 1)) * p, p)
+        steps, rr = steps + going, new
+    left = right - times(v)
+    residual = (dot(left, left) / torch.where(bb > 0, bb, 1)).sqrt()
+    found = v.reshape(T, c, -1)
+    value = Direction(found[..., :d], None if b.bias is None else found[..., d])
+    return Heads(value, steps[:, 0], residual[:, 0], negative[:, 0])
+
+
+def _no_target(link: Any, state: Tensor) -> Tensor:
+    """Curvature does not depend on targets."""
+    T, c, n = state.shape
+    if link.elementwise:
+        return state.new_zeros(c, T, n)
+    return state.new_zeros(T, n, dtype=torch.int64)
+
+
+@jit
+def _load_rows(source, index, samples, n, classes):
+    """(n, c) of one task, from class-major memory."""
+    inside = (samples[:, None] < n) & (index[None, :] < classes)
+    return tl.load(source + index[None, :] * n + samples[:, None], mask=inside, other=0)
+
+
+@jit
+def _load_columns(x, samples, columns, n, d):
+    inside = (samples[:, None] < n) & (columns[None, :] < d)
+    return tl.load(x + samples[:, None] * d + columns[None, :], mask=inside, other=0)
+
+
+@jit
+def _load_turned(b, index, columns, classes, d):
+    inside = (columns[:, None] < d) & (index[None, :] < classes)
+    return tl.load(b + index[None, :] * d + columns[:, None], mask=inside, other=0)
+
+
+@jit
+def _total(block):
+    return tl.sum(tl.sum(block, 1), 0)
+
+
+@jit
+def _coefficients(rr, pp, curved, damping, going, EPS: tl.constexpr):
+    """Curvature pᵀA p, whether to go on, whether it is negative, and α."""
+    pq = damping * pp + curved
+    stretch = 2 * tl.abs(curved) + tl.abs(damping) * pp
+    bad = going & (pq < -10 * EPS * stretch)
+    going = going & (rr > 0) & (pq > 10 * EPS * stretch)
+    return going, bad, tl.where(going, rr / tl.where(going, pq, 1), 0)
+
+
+@jit
+def _report(info, task, tasks, bb, rr, steps, negative):
+    tl.store(info + task, tl.sqrt(tl.maximum(rr, 0) / tl.where(bb > 0, bb, 1)))
+    tl.store(info + tasks + task, steps)
+    tl.store(info + 2 * tasks + task, negative)
+
+
+@jit
+def _samples_kernel(
+    x, state, scale, damping, b, bias, value, value_b, info, n, d, classes, num_steps,
+    DAMPING_EACH: tl.constexpr, LINK: tl.constexpr, EPS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    task = tl.program_id(0)
+    index, samples = tl.arange(0, C), tl.arange(0, N)
+    x, b = x + task.to(tl.int64) * n * d, b + task.to(tl.int64) * classes * d
+    value += task.to(tl.int64) * classes * d
+    p_of = _load_rows(state + task * classes * n, index, samples, n, classes)
+    a = tl.load(scale + task * n + samples, mask=samples < n, other=0)
+    pull = tl.load(damping + task * DAMPING_EACH)
+    K, B = tl.zeros((N, N), DTYPE), tl.zeros((N, C), DTYPE)
+    squares = tl.zeros((COLUMNS, C), DTYPE)
+    for first in range(0, d, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        here = _load_columns(x, samples, columns, n, d)
+        right = _load_turned(b, index, columns, classes, d)
+        K = tl.dot(here, tl.trans(here), K, input_precision=PRECISION, out_dtype=DTYPE)
+        B = tl.dot(here, right, B, input_precision=PRECISION, out_dtype=DTYPE)
+        squares += right * right
+    bb = _total(squares)
+    if bias is not None:
+        right_b = tl.load(bias + task * classes + index, mask=index < classes, other=0)
+        K += 1
+        B = tl.where(samples[:, None] < n, B + right_b[None, :], 0)
+        bb += tl.sum(right_b * right_b, 0)
+    # a vector is (α, S), with its outputs y = α B + K S
+    of_x, of_r, of_p = bb * 0, bb * 0 + 1, bb * 0 + 1
+    in_x, in_r, in_p = B * 0, B * 0, B * 0
+    out_r, out_p = B, B
+    rr, steps, negative, going = bb, bb * 0, bb < 0, bb > 0
+    for _ in range(num_steps):
+        curved = over_rows(a, 1) * curvature(p_of, out_p, LINK, 1)
+        pp = of_p * of_p * bb + of_p * _total(B * in_p) + _total(in_p * out_p)
+        going, bad, alpha = _coefficients(
+            rr, pp, _total(out_p * curved), pull, going, EPS
+        )
+        negative = negative | bad
+        of_x, in_x = of_x + alpha * of_p, in_x + alpha * in_p
+        of_r, in_r = of_r - alpha * pull * of_p, in_r - alpha * (pull * in_p + curved)
+        out_r = of_r * B + tl.dot(K, in_r, input_precision=PRECISION, out_dtype=DTYPE)
+        new = of_r * of_r * bb + of_r * _total(B * in_r) + _total(in_r * out_r)
+        new = tl.maximum(new, 0)
+        beta = new / tl.where(rr > 0, rr, 1)
+        of_p = tl.where(going, of_r + beta * of_p, of_p)
+        in_p = tl.where(going, in_r + beta * in_p, in_p)
+        out_p = tl.where(going, out_r + beta * out_p, out_p)
+        rr, steps = tl.where(going, new, rr), steps + going.to(DTYPE)
+    turned = tl.trans(in_x)
+    for first in range(0, d, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        here = _load_columns(x, samples, columns, n, d)
+        inside = (index[:, None] < classes) & (columns[None, :] < d)
+        at = index[:, None] * d + columns[None, :]
+        found = of_x * tl.load(b + at, mask=inside, other=0)
+        found = tl.dot(turned, here, found, input_precision=PRECISION, out_dtype=DTYPE)
+        tl.store(value + at, found, mask=inside)
+    if bias is not None:
+        found_b = of_x * right_b + tl.sum(in_x, 0)
+        tl.store(value_b + task * classes + index, found_b, mask=index < classes)
+    _report(info, task, tl.num_programs(0), bb, rr, steps, negative.to(DTYPE))
+
+
+@jit
+def _direct_kernel(
+    x, state, scale, damping, b, bias, value, value_b, info, n, d, classes, num_steps,
+    DAMPING_EACH: tl.constexpr, LINK: tl.constexpr, EPS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    task = tl.program_id(0)
+    index, samples = tl.arange(0, C), tl.arange(0, N)
+    columns = tl.arange(0, COLUMNS)
+    at = index[:, None] * d + columns[None, :]
+    inside = (index[:, None] < classes) & (columns[None, :] < d)
+    b, value = b + task * classes * d, value + task * classes * d
+    here = _load_columns(x + task.to(tl.int64) * n * d, samples, columns, n, d)
+    p_of = _load_rows(state + task * classes * n, index, samples, n, classes)
+    a = tl.load(scale + task * n + samples, mask=samples < n, other=0)
+    pull = tl.load(damping + task * DAMPING_EACH)
+    r = tl.load(b + at, mask=inside, other=0)
+    r_b = tl.zeros((C,), DTYPE)
+    if bias is not None:
+        r_b = tl.load(bias + task * classes + index, mask=index < classes, other=0)
+    v, p, v_b, p_b = r * 0, r, r_b * 0, r_b
+    bb = _total(r * r) + tl.sum(r_b * r_b, 0)
+    rr, steps, negative, going = bb, bb * 0, bb < 0, bb > 0
+    for _ in range(num_steps):
+        u = tl.dot(here, tl.trans(p), input_precision=PRECISION, out_dtype=DTYPE)
+        u += p_b[None, :]
+        curved = over_rows(a, 1) * curvature(p_of, u, LINK, 1)
+        pp = _total(p * p) + tl.sum(p_b * p_b, 0)
+        going, bad, alpha = _coefficients(rr, pp, _total(u * curved), pull, going, EPS)
+        negative = negative | bad
+        v, v_b = v + alpha * p, v_b + alpha * p_b
+        turned = tl.trans(curved)
+        q = tl.dot(turned, here, input_precision=PRECISION, out_dtype=DTYPE) + pull * p
+        r = r - alpha * q
+        if bias is not None:
+            r_b = r_b - alpha * (tl.sum(curved, 0) + pull * p_b)
+        new = _total(r * r) + tl.sum(r_b * r_b, 0)
+        beta = new / tl.where(rr > 0, rr, 1)
+        p = tl.where(going, r + beta * p, p)
+        p_b = tl.where(going, r_b + beta * p_b, p_b)
+        rr, steps = tl.where(going, new, rr), steps + going.to(DTYPE)
+    tl.store(value + at, v, mask=inside)
+    if bias is not None:
+        tl.store(value_b + task * classes + index, v_b, mask=index < classes)
+    _report(info, task, tl.num_programs(0), bb, rr, steps, negative.to(DTYPE))
+
+
+def suits(n: int, d: int, classes: int) -> str | None:
+    """Why a task is not for these kernels, or None."""
+    if classes > 16:
+        return f"{classes} classes, and a program holds 16"
+    if d < n and d > DIRECT:
+        return f"{n} examples of {d} features, and a program holds {DIRECT} features"
+    if n > MOST_ROWS:
+        return f"{n} examples in a task, and a program holds {MOST_ROWS}"
+    return None
+
+
+def head_cg(
+    link: Any,
+    x: Tensor,
+    state: Tensor,
+    scale: Tensor,
+    damping: Tensor,
+    b: Direction,
+    num_steps: int,
+) -> Heads:
+    """``num_steps`` steps of CG from zero for every task; see `suits`.
+
+    A task whose residual is zero, or that meets negative curvature, stays where it is.
+
+    Args:
+        link: the loss; its ``kind`` is one of `links`.
+        x: (T, n, d), contiguous, float32 or float64, as all that follow.
+        state: (T, c, n), contiguous.
+        scale: a = s κ ω, (T, n), contiguous.
+        damping: λ, 0-d or (T,).
+        b: right-hand sides, (T, c, d), and (T, c) or None, contiguous.
+        num_steps: how many.
+    """
+    (tasks, n, d), classes = x.shape, state.shape[1]
+    value, info = torch.empty_like(b.weight), x.new_empty(3, tasks)
+    value_b = None if b.bias is None else torch.empty_like(b.bias)
+    direct = d <= DIRECT and (d < n or d <= 64)
+    if tasks:
+        (_direct_kernel if direct else _samples_kernel)[(tasks,)](
+            x, state, scale, damping, b.weight, b.bias, value, value_b, info, n, d,
+            classes, num_steps, DAMPING_EACH=damping.dim(), LINK=link.kind,
+            EPS=torch.finfo(x.dtype).eps, DTYPE=DTYPES[x.dtype],
+            PRECISION=precision(x.dtype, False), N=padded(n, 16), C=padded(classes, 16),
+            COLUMNS=padded(d, 16) if direct else 32,
+        )  # fmt: skip
+    residual, steps, negative = info
+    return Heads(Direction(value, value_b), steps.long(), residual, negative > 0)

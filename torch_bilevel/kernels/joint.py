@@ -1,0 +1,184 @@
+"""The joint oracle of a loss of linear outputs: loss, gradient, H v and J v from one read of x.
+
+    z = W x + b,  u = V x + v_b
+    S = Σ κ ω ℓ,   ∇S = Σ κ ω r (x, 1)ᵀ,   H v = Σ κ ω (ℓ_zz u) (x, 1)ᵀ,
+    ℓ and ⟨r, u⟩: over κ, the derivatives of S and of ⟨∇S, v⟩ with respect to ω
+
+What a single-loop method needs of a batch. Tiles, sums and accuracy as the chunked form of
+`one_pass`; each tile of x goes through the products with W and V together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .language import DTYPES, ceil_div, jit, padded, programs, tl, tuned
+from .links import along as along_v
+from .links import load_target, over_rows, scales, value
+from .one_pass import (
+    KEY,
+    Direction,
+    add_product,
+    load_tile,
+    load_turned,
+    precision,
+    with_bias,
+)
+from .rows import per_row
+from .sums import summed
+
+MOST_ROWS = 128
+
+
+class Joint(NamedTuple):
+    """What the joint oracle finds."""
+
+    loss: Tensor  # S, 0-d
+    losses: Tensor  # ℓ, summed over outputs, (n,)
+    slopes: Tensor  # ⟨r, u⟩, (n,)
+    gradient: Direction  # ∇S
+    product: Direction  # H v
+
+
+def reference(
+    link: Any,
+    x: Tensor,
+    at: Direction,
+    v: Direction,
+    target: Tensor,
+    share: Tensor | None,
+    omega: Tensor | None,
+) -> Joint:
+    """The same by operations of PyTorch; see `joint_oracle`."""
+    x, classes = x.to(at.weight.dtype), len(at.weight)
+    both = torch.cat([at.weight, v.weight]) @ x.mT
+    z, u = both[:classes], both[classes:]
+    if at.bias is not None and v.bias is not None:
+        z, u = z + at.bias.unsqueeze(1), u + v.bias.unsqueeze(1)
+    losses, state = link.value(z, target)
+    r = link.residual(state, target)
+    slopes, curved = link.along(state, target, u)
+    if losses.dim() == 2:
+        losses, slopes = losses.sum(0), slopes.sum(0)
+    scale = share if omega is None else omega if share is None else share * omega
+    if scale is None:
+        loss = losses.sum()
+    else:
+        loss, r, curved = (scale * losses).sum(), scale * r, scale * curved
+    left = torch.cat([r, curved])
+    first, second = (left @ x).split(classes)
+    sums = [None, None] if at.bias is None else left.sum(1).split(classes)
+    return Joint(
+        loss, losses, slopes, Direction(first, sums[0]), Direction(second, sums[1])
+    )
+
+
+@jit
+def _joint_kernel(
+    x, weight, bias, weight_v, bias_v, target, share, omega, one, loss, losses, slopes,
+    total, total_b, n, d, classes, SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr,
+    LINK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    index = tl.arange(0, C)
+    total += program.to(tl.int64) * 2 * classes * d
+    total_v = total + classes.to(tl.int64) * d
+    sum_b, sum_v, sum_loss = (
+        tl.zeros((C,), DTYPE), tl.zeros((C,), DTYPE), tl.zeros((ROWS,), DTYPE)
+    )  # fmt: skip
+    for tile in range(program, tl.cdiv(n, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        z, u = tl.zeros((ROWS, C), DTYPE), tl.zeros((ROWS, C), DTYPE)
+        for first in range(0, d, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            here = load_tile(x, rows, columns, n, d, DTYPE)
+            w = load_turned(weight, index, columns, classes, d, DTYPE)
+            z = tl.dot(here, w, z, input_precision=PRECISION, out_dtype=DTYPE)
+            v = load_turned(weight_v, index, columns, classes, d, DTYPE)
+            u = tl.dot(here, v, u, input_precision=PRECISION, out_dtype=DTYPE)
+        z = with_bias(z, bias, index, classes)
+        u = with_bias(u, bias_v, index, classes)
+        real = (rows[:, None] < n) & (index[None, :] < classes)
+        t = load_target(target, rows, index, real, n, LINK, 1)
+        # s = 1
+        _, scale = scales(one, share, omega, rows, rows < n, 0, SHARE_ROWS)
+        found, r, state = value(z, t, index, real, classes, SMOOTHING, LINK, 1)
+        u = tl.where(real, u, 0)
+        slope, curved = along_v(state, t, u, index, classes, SMOOTHING, LINK, 1)
+        tl.store(losses + rows, found, mask=rows < n)
+        tl.store(slopes + rows, slope, mask=rows < n)
+        sum_loss += scale * found
+        r, q = over_rows(scale, 1) * r, over_rows(scale, 1) * curved
+        sum_b += tl.sum(r, 0)
+        sum_v += tl.sum(q, 0)
+        left, left_v = tl.trans(r), tl.trans(q)
+        for first in range(0, d, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            here = load_tile(x, rows, columns, n, d, DTYPE)
+            add_product(
+                left, here, total, index, columns, tile, d, classes, DTYPE, PRECISION
+            )
+            add_product(
+                left_v, here, total_v, index, columns, tile, d, classes, DTYPE,
+                PRECISION,
+            )  # fmt: skip
+        tl.debug_barrier()  # other threads read what these have stored
+    inside = index < classes
+    tl.store(total_b + 2 * program * classes + index, sum_b, mask=inside)
+    tl.store(total_b + (2 * program + 1) * classes + index, sum_v, mask=inside)
+    tl.store(loss + program, tl.sum(sum_loss, 0))
+
+
+JOINT = tuned(
+    [
+        {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
+    ],
+    KEY,
+)(_joint_kernel)
+
+
+def joint_oracle(
+    link: Any,
+    x: Tensor,
+    at: Direction,
+    v: Direction,
+    target: Tensor,
+    share: Tensor | None = None,
+    omega: Tensor | None = None,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient, H v and J v in two launches and one read of x.
+
+    Tuned over tiles for each (d, c, dtypes, precision).
+
+    Args:
+        link: the loss; its ``kind`` is one of `links`.
+        x: (n, d), contiguous, float64, float32, or 16-bit storage.
+        at: W and b, float32 or float64; what follows has their dtype.
+        v: the direction; both biases or none.
+        target: class indices (n,) or numbers (c, n), contiguous.
+        share: κ, 0-d, (n,) or None.
+        omega: ω, (n,) or None.
+        tf32: products may be rounded to TF32.
+
+    Returns:
+        S, 0-d; ℓ and ⟨r, u⟩, (n,); ∇S and H v of the weight, (2, c, d), and of the bias, (2, c).
+    """
+    (n, d), (weight, bias) = x.shape, at
+    classes, new = len(weight), weight.new_empty
+    count = programs(x, ceil_div(n, MOST_ROWS))
+    losses, slopes, loss = new(n), new(n), new(count)
+    total, total_b = new(count, 2, classes, d), new(count, 2, classes)
+    JOINT[(count,)](
+        x, weight, bias, v.weight, v.bias, target, share, omega, weight.new_ones(()),
+        loss, losses, slopes, total, total_b, n, d, classes, SMOOTHING=link.smoothing,
+        SHARE_ROWS=per_row(share), LINK=link.kind, DTYPE=DTYPES[weight.dtype],
+        PRECISION=precision(weight.dtype, tf32), C=padded(classes, 16),
+    )  # fmt: skip
+    return summed(loss), losses, slopes, summed(total), summed(total_b)

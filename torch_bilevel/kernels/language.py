@@ -1,0 +1,93 @@
+"""Triton, where it is installed, and when a kernel can run.
+
+Kernels are written for Triton 3.6 to 3.9: pointer arithmetic only, no block pointers, no libdevice,
+no inline assembly. With ``TRITON_INTERPRET=1`` in the environment before this package is imported
+they run on the CPU, in Python, which is how the tests check them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS, a CPU build of PyTorch
+    triton = tl = None  # type: ignore[assignment]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+DTYPES = {} if tl is None else {torch.float32: tl.float32, torch.float64: tl.float64}
+INTERPRETED_PROGRAMS = 3  # enough for partial results to be summed
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``; where Triton is missing the function as it is, never to be called."""
+    return function if triton is None else triton.jit(function)
+
+
+def tuned(configurations: Sequence[dict[str, int]], key: Sequence[str]) -> Any:
+    """Compile a kernel with the fastest of several configurations, timed once per key and dtypes.
+
+    The choice is kept on disk. Another choice sums in another order; with
+    ``torch.use_deterministic_algorithms(True)`` it is always the first, and so are the bits.
+
+    Args:
+        configurations: meta-parameters, with ``num_warps`` and ``num_stages``.
+        key: arguments of the kernel a choice is made anew for.
+    """
+    if triton is None:
+        return lambda function: function
+    made = []
+    for given in configurations[: 1 if INTERPRETED else None]:
+        meta = {k: v for k, v in given.items() if not k.startswith("num_")}
+        options = {k: v for k, v in given.items() if k.startswith("num_")}
+        made.append(triton.Config(meta, **options))
+
+    def first(configs: list, *_: Any, **__: Any) -> list:
+        return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
+
+    return triton.autotune(
+        made,
+        key=list(key),
+        cache_results=not INTERPRETED,
+        prune_configs_by={"early_config_prune": first} if len(made) > 1 else None,
+    )
+
+
+def unavailable(tensor: Tensor) -> str | None:
+    """Why no kernel can run on a tensor, or None."""
+    if triton is None:
+        return "Triton is not installed"
+    if INTERPRETED:
+        return None
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (
+        8,
+        0,
+    ):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def programs(tensor: Tensor, most: int, per_processor: int = 1) -> int:
+    """How many programs to launch: what runs at once on the device, and no more than ``most``."""
+    if tensor.device.type != "cuda":
+        return max(1, min(most, INTERPRETED_PROGRAMS))
+    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return max(1, min(most, per_processor * processors))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The next power of two, what Triton's blocks must be."""
+    return max(least, 1 << max(size - 1, 0).bit_length())

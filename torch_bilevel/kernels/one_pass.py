@@ -1,0 +1,266 @@
+"""A Hessian product of a loss of linear outputs that reads x once.
+
+    H v = Σ_i s_i κ_i ω_i (ℓ_zz (V x_i + v_b)) (x_i, 1)ᵀ        at outputs whose state is known
+
+Each program goes through tiles of rows. *Resident*: a tile of x stays on the chip between the two
+products, and the sum, (c, d) and transposed so that few classes fill registers evenly, beside it.
+*Chunked*: any d, with float32 accuracy on tensor cores (three TF32 products each); a tile is read
+again, piece by piece, from the second-level cache, where the sum lies too. Programs' sums are added
+in a fixed order by `sums`: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .language import DTYPES, ceil_div, jit, padded, programs, tl, tuned
+from .links import along, load_target, over_rows, scales
+from .rows import per_row
+from .rows import reference as between
+from .sums import summed
+
+MOST_ROWS = 128  # in a tile; no program is without one
+RESIDENT = 1024  # most features for it in TF32
+PRECISE = 128  # and in float32 accuracy: more would leave the registers
+MOST_CLASSES = 16
+WORTH = 40e6  # bytes of x: what the second-level cache holds makes two reads as cheap as one
+
+
+class Direction(NamedTuple):
+    """V and v_b."""
+
+    weight: Tensor  # (c, d)
+    bias: Tensor | None  # (c,)
+
+
+def reference(
+    link: Any,
+    x: Tensor,
+    v: Direction,
+    state: Tensor,
+    target: Tensor,
+    seed: Tensor,
+    share: Tensor | None,
+    omega: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(H v of weight and bias, m) by operations of PyTorch; see `hessian_product`."""
+    u = v.weight @ x.to(v.weight.dtype).mT
+    u = u if v.bias is None else u + v.bias.unsqueeze(1)
+    q, m = between(link, state, target, u, seed, share, omega)
+    return q @ x.to(q.dtype), q.sum(1), m
+
+
+def worthwhile(x: Tensor, classes: int) -> bool:
+    """Whether one read of x beats two matrix products: x outgrows the cache, and c is small."""
+    return classes <= MOST_CLASSES and x.numel() * x.element_size() > WORTH
+
+
+@jit
+def load_tile(x, rows, columns, n, d, DTYPE: tl.constexpr):
+    """Some rows and columns of x, zero outside."""
+    inside = (rows[:, None] < n) & (columns[None, :] < d)
+    at = rows[:, None].to(tl.int64) * d + columns[None, :]
+    return tl.load(x + at, mask=inside, other=0).to(DTYPE)
+
+
+@jit
+def load_turned(weight, index, columns, classes, d, DTYPE: tl.constexpr):
+    """Some columns of W, (columns, classes)."""
+    inside = (columns[:, None] < d) & (index[None, :] < classes)
+    at = weight + index[None, :].to(tl.int64) * d + columns[:, None]
+    return tl.load(at, mask=inside, other=0).to(DTYPE)
+
+
+@jit
+def with_bias(z, bias, index, classes):
+    """Z + b, where there is a b."""
+    if bias is not None:
+        z += tl.load(bias + index, mask=index < classes, other=0)[None, :]
+    return z
+
+
+@jit
+def add_product(
+    left, here, total, index, columns, tile, d, classes,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add left @ here to numbers in memory; a program's first tile sets them."""
+    part = tl.dot(left, here, input_precision=PRECISION, out_dtype=DTYPE)
+    inside = (index[:, None] < classes) & (columns[None, :] < d)
+    at = total + index[:, None].to(tl.int64) * d + columns[None, :]
+    later = (columns[None, :] * 0 + tile) >= tl.num_programs(0)
+    part += tl.load(at, mask=inside & later, other=0)
+    tl.store(at, part, mask=inside)
+
+
+@jit
+def _curved(
+    state, target, u, seed, share, omega, m, rows, index, n, classes,
+    SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr,
+    LINK: tl.constexpr,
+):  # fmt: skip
+    """Q of some rows, (rows, classes); m is stored."""
+    real = (rows[:, None] < n) & (index[None, :] < classes)
+    at = index[None, :].to(tl.int64) * n + rows[:, None]
+    p = tl.load(state + at, mask=real, other=0)
+    t = load_target(target, rows, index, real, n, LINK, 1)
+    each, scale = scales(seed, share, omega, rows, rows < n, SEED_ROWS, SHARE_ROWS)
+    slope, curved = along(
+        p, t, tl.where(real, u, 0), index, classes, SMOOTHING, LINK, 1
+    )
+    if m is not None:
+        tl.store(m + rows, each * slope, mask=rows < n)
+    return over_rows(scale, 1) * curved
+
+
+@jit
+def _chunked_kernel(
+    x, weight, bias, state, target, seed, share, omega, total, total_b, m, n, d,
+    classes, SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr,
+    SHARE_ROWS: tl.constexpr, LINK: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    index = tl.arange(0, C)
+    total += program.to(tl.int64) * classes * d
+    sum_b = tl.zeros((C,), DTYPE)
+    for tile in range(program, tl.cdiv(n, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        u = tl.zeros((ROWS, C), DTYPE)
+        for first in range(0, d, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            here = load_tile(x, rows, columns, n, d, DTYPE)
+            w = load_turned(weight, index, columns, classes, d, DTYPE)
+            u = tl.dot(here, w, u, input_precision=PRECISION, out_dtype=DTYPE)
+        u = with_bias(u, bias, index, classes)
+        q = _curved(
+            state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
+            SEED_ROWS, SHARE_ROWS, LINK,
+        )  # fmt: skip
+        sum_b += tl.sum(q, 0)
+        left = tl.trans(q)
+        for first in range(0, d, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            here = load_tile(x, rows, columns, n, d, DTYPE)
+            add_product(
+                left, here, total, index, columns, tile, d, classes, DTYPE, PRECISION
+            )
+        tl.debug_barrier()  # other threads read what these have stored
+    tl.store(total_b + program * classes + index, sum_b, mask=index < classes)
+
+
+@jit
+def _resident_kernel(
+    x, weight, bias, state, target, seed, share, omega, total, total_b, m, n, d,
+    classes, SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr,
+    SHARE_ROWS: tl.constexpr, LINK: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    index, columns = tl.arange(0, C), tl.arange(0, COLUMNS)
+    w = load_turned(weight, index, columns, classes, d, DTYPE)
+    found = tl.zeros((C, COLUMNS), DTYPE)
+    sum_b = tl.zeros((C,), DTYPE)
+    for tile in range(program, tl.cdiv(n, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        here = load_tile(x, rows, columns, n, d, DTYPE)
+        u = tl.dot(here, w, input_precision=PRECISION, out_dtype=DTYPE)
+        u = with_bias(u, bias, index, classes)
+        q = _curved(
+            state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
+            SEED_ROWS, SHARE_ROWS, LINK,
+        )  # fmt: skip
+        sum_b += tl.sum(q, 0)
+        found = tl.dot(
+            tl.trans(q), here, found, input_precision=PRECISION, out_dtype=DTYPE
+        )
+    inside = (index[:, None] < classes) & (columns[None, :] < d)
+    at = total + (program.to(tl.int64) * classes + index[:, None]) * d
+    tl.store(at + columns[None, :], found, mask=inside)
+    tl.store(total_b + program * classes + index, sum_b, mask=index < classes)
+
+
+KEY = ("d", "classes", "PRECISION")
+CHUNKED = tuned(
+    [
+        {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
+        {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
+        {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
+    ],
+    KEY,
+)(_chunked_kernel)
+# COLUMNS hold all of d
+RESIDENT_KERNELS = {
+    columns: tuned(
+        [
+            {"ROWS": 16, "COLUMNS": columns, "num_warps": 8, "num_stages": 2},
+            {"ROWS": 16, "COLUMNS": columns, "num_warps": 8, "num_stages": 1},
+        ],
+        KEY,
+    )(_resident_kernel)
+    for columns in (16, 32, 64, 128, 256, 512, 1024)
+}
+
+
+def hessian_product(
+    link: Any,
+    x: Tensor,
+    v: Direction,
+    state: Tensor,
+    target: Tensor,
+    seed: Tensor,
+    share: Tensor | None = None,
+    omega: Tensor | None = None,
+    wants_slope: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """H v and m from one read of x.
+
+    Tuned over tiles for each (d, c, dtypes, precision).
+
+    Args:
+        link: the loss; its ``kind`` is one of `links`.
+        x: (n, d), contiguous, float64, float32, or 16-bit storage.
+        v: the direction, float32 or float64; what follows has its dtype.
+        state: (c, n), contiguous.
+        target: class indices (n,) or numbers (c, n), contiguous.
+        seed: s, 0-d or (n,).
+        share: κ, 0-d, (n,) or None.
+        omega: ω, (n,) or None.
+        wants_slope: m is wanted.
+        tf32: products may be rounded to TF32.
+
+    Returns:
+        H v of the weight, (c, d), and of the bias, (c,), and m, (n,) or None.
+    """
+    (n, d), classes = x.shape, len(v.weight)
+    m = state.new_empty(n) if wants_slope else None
+    if not (n and d):
+        return torch.zeros_like(v.weight), state.new_zeros(classes), m
+    count = programs(x, ceil_div(n, MOST_ROWS))
+    total = state.new_empty(count, classes, d)
+    total_b = state.new_empty(count, classes)
+    if d <= (RESIDENT if tf32 else PRECISE):
+        kernel = RESIDENT_KERNELS[padded(d, 16)]
+    else:
+        kernel = CHUNKED
+    kernel[(count,)](
+        x, v.weight, v.bias, state, target, seed, share, omega, total, total_b, m, n, d,
+        classes, SMOOTHING=link.smoothing, SEED_ROWS=per_row(seed),
+        SHARE_ROWS=per_row(share), LINK=link.kind, DTYPE=DTYPES[state.dtype],
+        PRECISION=precision(state.dtype, tf32), C=padded(classes, 16),
+    )  # fmt: skip
+    return summed(total), summed(total_b), m
+
+
+def precision(dtype: torch.dtype, tf32: bool) -> str:
+    """How matrix products are computed."""
+    if dtype is torch.float64:
+        return "ieee"
+    return "tf32" if tf32 else "tf32x3"

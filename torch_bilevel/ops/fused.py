@@ -1,0 +1,215 @@
+"""Which kernel computes products, and the kernels as operations that PyTorch can record.
+
+    "torch"      two matrix products, and operations of PyTorch between them
+    "rows"       two matrix products, and one kernel between them
+    "one_pass"   one kernel that reads x once
+    "auto"       on CUDA "one_pass" where x outgrows the cache and classes are few, else "rows";
+                 elsewhere "torch"
+
+A kernel that was asked for and cannot run is an error; what "auto" chose can be read in
+``optimizer.explain()``. Kernels compute the product with H in W and b, with its derivative J in ω,
+and the joint oracle; other derivatives (in x, in real targets) are PyTorch's whatever was chosen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelUnavailable
+from ..kernels import joint, one_pass, rows
+from ..kernels.language import unavailable
+from ..kernels.one_pass import Direction, worthwhile
+from .link import Link
+
+KERNELS = ("auto", "torch", "rows", "one_pass")
+CLASSES = 64  # most in a program that reads x once
+choices: dict[str, str] = {}  # operation -> what "auto" took last on CUDA, and why
+
+
+def resolve(name: str, kernel: str, kind: int | None, x: Tensor, weight: Tensor) -> str:
+    """The kernel for an operation on these arguments: one of the names but "auto".
+
+    Args:
+        name: of the operation.
+        kernel: what was asked for.
+        kind: of the loss.
+        x: (n, d).
+        weight: (c, d).
+
+    Raises:
+        KernelUnavailable: it was asked for and cannot run.
+    """
+    if kernel == "torch" or (kernel == "auto" and x.device.type != "cuda"):
+        return "torch"
+    if kernel not in KERNELS:
+        raise KernelUnavailable(
+            f"{name}(kernel={kernel!r}): write {', '.join(map(repr, KERNELS))}."
+        )
+    why = _obstacle(kind, x, weight)
+    if kernel == "auto":
+        found = "one_pass" if worthwhile(x, len(weight)) else "rows"
+        found = found if why is None else "torch"
+        size = (
+            f"x of {x.numel() * x.element_size() / 1e6:.3g} MB, {len(weight)} classes"
+        )
+        choices[name] = f"{name} by {found!r} ({why or size})"
+        return found
+    if why is None and kernel == "one_pass" and len(weight) > CLASSES:
+        why = f"there are {len(weight)} classes, and a program holds {CLASSES}"
+    if why is not None:
+        raise KernelUnavailable(
+            f"{name}(kernel={kernel!r}) cannot run here: {why}. kernel='auto' takes what can."
+        )
+    return kernel
+
+
+def _obstacle(kind: int | None, x: Tensor, weight: Tensor) -> str | None:
+    """Why no kernel can be used, or None."""
+    why = unavailable(x)
+    if why is not None:
+        return why
+    if kind is None:
+        return "targets are class probabilities, and kernels know class indices"
+    if torch._C._are_functorch_transforms_active():
+        return "a function transform (vmap, jvp, ...) is active"
+    if not x.is_contiguous():
+        return (
+            f"x has strides {x.stride()}, and kernels read rows that lie side by side"
+        )
+    if max(len(x), x.shape[1] * len(weight)) >= 2**31:
+        return f"x of shape {tuple(x.shape)} is too large for 32-bit indices"
+    if not (x.numel() and len(weight)):
+        return f"x of shape {tuple(x.shape)} is empty"
+    return None
+
+
+def hessian_product(
+    link: Link,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    target: Tensor,
+    seed: Tensor,
+    share: Tensor | None,
+    omega: Tensor | None,
+    slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H (weight, bias) of weight and bias, and s κ∘⟨r, u⟩, by the kernel of the link.
+
+    See `curved_rows` and `hessian_product` of ``kernels``; slopes are empty where not asked for.
+    """
+    return _hessian_product(
+        x, weight.contiguous(), bias, state.contiguous(), target.contiguous(), seed, share,
+        omega, _kind(link), link.smoothing, link.kernel == "one_pass", slopes, _tf32(),
+    )  # fmt: skip
+
+
+def joint_oracle(
+    link: Link,
+    x: Tensor,
+    at: Direction,
+    v: Direction,
+    target: Tensor,
+    share: Tensor | None,
+    omega: Tensor | None,
+) -> joint.Joint:
+    """The joint oracle by the kernel of the link."""
+    found = _joint_oracle(
+        x, at.weight.contiguous(), at.bias, v.weight.contiguous(), v.bias,
+        target.contiguous(), share, omega, _kind(link), link.smoothing,
+        link.kernel == "one_pass", _tf32(),
+    )  # fmt: skip
+    loss, losses, slopes, both, both_b = found
+    (gW, hW), (gb, hb) = both, (None, None) if at.bias is None else both_b
+    return joint.Joint(loss, losses, slopes, Direction(gW, gb), Direction(hW, hb))
+
+
+class _Known(NamedTuple):
+    """What kernels need to know of a loss."""
+
+    kind: int
+    smoothing: float
+
+
+def _kind(link: Link) -> int:
+    assert link.kind is not None
+    return link.kind
+
+
+def _tf32() -> bool:
+    """Whether the user lets matrix products be rounded to TF32."""
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+@torch.library.custom_op("torch_bilevel::linear_hessian_product", mutates_args=())
+def _hessian_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, target: Tensor,
+    seed: Tensor, share: Tensor | None, omega: Tensor | None, kind: int,
+    smoothing: float, once: bool, slopes: bool, tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    link = _Known(kind, smoothing)
+    if once:
+        v = Direction(weight, bias)
+        W, b, m = one_pass.hessian_product(
+            link, x, v, state, target, seed, share, omega, slopes, tf32
+        )
+    else:
+        x = x.to(weight.dtype)
+        u = weight @ x.mT
+        q, m = rows.curved_rows(
+            link, state, target, u, seed, share, omega, bias, slopes
+        )
+        W, b = q @ x, q.sum(1)
+    return W, b, W.new_empty(0) if m is None else m
+
+
+@_hessian_product.register_fake
+def _(
+    x,
+    weight,
+    bias,
+    state,
+    target,
+    seed,
+    share,
+    omega,
+    kind,
+    smoothing,
+    once,
+    slopes,
+    tf32,
+):
+    found = torch.empty_like(weight), weight.new_empty(len(weight))
+    return *found, weight.new_empty(len(x) if slopes else 0)
+
+
+@torch.library.custom_op("torch_bilevel::linear_joint_oracle", mutates_args=())
+def _joint_oracle(
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_v: Tensor,
+    bias_v: Tensor | None, target: Tensor, share: Tensor | None, omega: Tensor | None,
+    kind: int, smoothing: float, once: bool, tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    link, classes = _Known(kind, smoothing), len(weight)
+    if once:
+        at, v = Direction(weight, bias), Direction(weight_v, bias_v)
+        return joint.joint_oracle(link, x, at, v, target, share, omega, tf32)
+    x = x.to(weight.dtype)
+    both = torch.cat([weight, weight_v]) @ x.mT
+    loss, losses, slopes, left = rows.joint_rows(
+        link, both, (bias, bias_v), target, share, omega
+    )
+    W = (left @ x).view(2, classes, -1)
+    return loss, losses, slopes, W, left.sum(1).view(2, classes)
+
+
+@_joint_oracle.register_fake
+def _(
+    x, weight, bias, weight_v, bias_v, target, share, omega, kind, smoothing, once, tf32
+):
+    new, classes = weight.new_empty, len(weight)
+    n = len(x)
+    return new(()), new(n), new(n), new(2, *weight.shape), new(2, classes)

@@ -1,0 +1,200 @@
+"""Iterations that the host does not wait for: steps launched ahead, or replayed as CUDA graphs.
+
+An iteration is a state on the device and a step; ``A`` applied to the state's direction comes
+between. Whether it goes on is a flag, copied to the host without waiting and looked at one look
+later. Where the operator says that it is a fixed program (see `Static`), whole blocks of steps,
+products included, are captured once as a CUDA graph and replayed for every later system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.language import unavailable
+from .base import Memory, Operator, Static
+
+BLOCK = 4  # steps between looks at the flag; even, because states alternate between two halves
+KEPT = 8  # captured iterations
+S = TypeVar("S", bound=Any)
+Step = Callable[[S, Tensor, int], S]
+
+
+def on_host(vector: Tensor) -> bool:
+    """Whether numbers can be read at no cost."""
+    return vector.device.type == "cpu"
+
+
+def by_kernels(vector: Tensor) -> bool:
+    """Whether steps on a vector are kernels: on a device for which there are any."""
+    return not on_host(vector) and unavailable(vector) is None
+
+
+class Watch:
+    """Reads flags one look late, so that the device always has work."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Any] | None = None
+
+    def stopped(self, going: Tensor) -> bool:
+        """Whether the iteration had stopped at the look before this one (on the CPU: at this one).
+
+        Args:
+            going: 0-d, not zero while it goes on.
+        """
+        if going.device.type != "cuda":
+            return not bool(going)
+        before = self.last
+        copy = torch.empty((), dtype=going.dtype, pin_memory=True)
+        copy.copy_(going, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.last = copy, event
+        if before is None:
+            return False
+        before[1].synchronize()
+        return not bool(before[0])
+
+
+def advance(
+    operator: Operator,
+    state: S,
+    step: Step[S],
+    num_steps: int,
+    early: bool,
+    memory: Memory | None = None,
+    key: Hashable = None,
+) -> tuple[S, int]:
+    """Take steps until the iteration stops or ``num_steps`` are taken.
+
+    Args:
+        operator: A.
+        state: before the first step; has a ``direction``, and ``going(steps)``.
+        step: of (state, A direction, number) makes the next state.
+        num_steps: at most so many.
+        early: look at the flag; otherwise all steps are taken.
+        memory: keeps captured graphs from one system to the next.
+        key: what, besides the operator, the step's meaning depends on.
+
+    Returns:
+        The state after the last step, and how many were taken.
+    """
+    if operator.static is not None and memory is not None:
+        return _replayed(operator, state, step, num_steps, early, memory, key)
+    watch = Watch()
+    for k in range(num_steps):
+        if early and watch.stopped(state.going(k)):
+            return state, k
+        state = step(state, operator(state.direction), k)
+    return state, num_steps
+
+
+@dataclass
+class Captured:
+    """An iteration in buffers of its own, and graphs of blocks of its steps.
+
+    Attributes:
+        state: where the graphs read and write.
+        inputs: of the operator, likewise.
+        graphs: one for each block.
+        sizes: how many steps each takes.
+    """
+
+    state: Any
+    inputs: list[Tensor]
+    graphs: list[Any]
+    sizes: list[int]
+
+
+def _replayed(
+    operator: Operator,
+    state: S,
+    step: Step[S],
+    num_steps: int,
+    early: bool,
+    memory: Memory,
+    key: Hashable,
+) -> tuple[S, int]:
+    static = operator.static
+    assert static is not None
+    v = state.direction
+    whole = static.key, type(state), key, num_steps, early, v.dtype, len(v)
+    found = memory.captured.pop(whole, None)
+    if found is None:
+        found = _captured(static, state, step, num_steps, early)
+    memory.captured[whole] = found
+    if len(memory.captured) > KEPT:
+        del memory.captured[next(iter(memory.captured))]
+    for own, given in zip(found.inputs, static.inputs, strict=True):
+        own.copy_(given)
+    _copy(found.state, state)
+    watch, taken = Watch(), 0
+    for graph, size in zip(found.graphs, found.sizes, strict=True):
+        if early and watch.stopped(found.state.going(taken)):
+            break
+        graph.replay()
+        taken += size
+        operator.num_products += size
+    # the next system overwrites these buffers
+    return _copied(found.state), taken
+
+
+def _captured(
+    static: Static, state: S, step: Step[S], num_steps: int, early: bool
+) -> Captured:
+    """Capture all steps as one graph, or, to stop early, as graphs of a few steps each."""
+    own = _copied(state)
+    inputs = [t.clone() for t in static.inputs]
+    size = BLOCK if early else num_steps
+    starts = list(range(0, num_steps, size))
+
+    def block(first: int) -> Callable[[], None]:
+        def run() -> None:
+            for k in range(first, min(first + size, num_steps)):
+                step(own, static.run(own.direction, *inputs), k)
+
+        return run
+
+    made: dict[tuple[int, bool], Any] = {}
+    graphs, sizes = [], []
+    for first in starts:
+        last = min(first + size, num_steps)
+        # blocks are alike, but for the first step of all and the number of steps
+        alike = last - first, first == 0
+        if alike not in made:
+            made[alike] = capture(block(first), own.direction.device)
+        graphs.append(made[alike])
+        sizes.append(last - first)
+    return Captured(own, inputs, graphs, sizes)
+
+
+def _copied(state: S) -> S:
+    return type(state)(*(t.clone() if isinstance(t, Tensor) else t for t in state))
+
+
+def _copy(into: Any, state: Any) -> None:
+    for own, given in zip(into, state, strict=True):
+        if isinstance(own, Tensor):
+            own.copy_(given)
+
+
+def capture(run: Callable[[], None], device: torch.device) -> Any:
+    """A CUDA graph of what a function launches; it writes into memory that stays.
+
+    Args:
+        run: the function; called once before, so that libraries and kernels are ready.
+        device: a CUDA device.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
