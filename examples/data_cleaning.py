@@ -10,6 +10,8 @@ set. Examples with wrong labels end up with weights near zero.
     python examples/data_cleaning.py --data DIR              # MNIST idx files in DIR
     python examples/data_cleaning.py --estimator "unrolled"  # any name with options
     python examples/data_cleaning.py --ops --products traced # faster second-order products
+    python examples/data_cleaning.py --data DIR --train 55000 --device cuda --ops --products traced
+                                                             # all of MNIST on a GPU
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 import torch_bilevel as tb
@@ -43,8 +45,8 @@ def read_digits():
     ]
 
 
-def read_mnist(folder):
-    """Images and labels for training (20,000), validation (5,000) and test (10,000)."""
+def read_mnist(folder, train):
+    """Images and labels for training, validation (the next 5,000) and test (10,000)."""
     names = (
         "train-images-idx3",
         "train-labels-idx1",
@@ -53,7 +55,10 @@ def read_mnist(folder):
     )
     x, y, x_test, y_test = (read_idx(Path(folder), f"{name}-ubyte") for name in names)
     x, x_test = (a.reshape(len(a), -1) / 255.0 for a in (x, x_test))
-    return [(x[:20000], y[:20000]), (x[20000:25000], y[20000:25000]), (x_test, y_test)]
+    last = train + 5000
+    if last > len(x):
+        raise SystemExit2(f"--train {train} leaves no 5,000 of {len(x)} for validation")
+    return [(x[:train], y[:train]), (x[train:last], y[train:last]), (x_test, y_test)]
 
 
 def read_idx(folder, name):
@@ -88,9 +93,11 @@ def corrupt(labels, rate, classes, seed):
 
 def loader(x, y, batch_size, seed):
     """Shuffled batches of (x, y, index)."""
-    data = TensorDataset(x, y, torch.arange(len(x)))
+    data = TensorDataset(x, y, torch.arange(len(x), device=x.device))
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(data, batch_size, shuffle=True, generator=generator)
+    order = RandomSampler(data, generator=generator)
+    rows = BatchSampler(order, batch_size, drop_last=False)  # a batch in one look-up
+    return DataLoader(data, batch_size=None, sampler=rows, generator=generator)
 
 
 def forever(batches):
@@ -102,7 +109,7 @@ def forever(batches):
 def new_model(inputs, classes, args):
     """The classifier and its optimizer, the same every time."""
     torch.manual_seed(args.seed)
-    model = torch.nn.Linear(inputs, classes)
+    model = torch.nn.Linear(inputs, classes).to(args.device)
     return model, torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
     )
@@ -118,15 +125,21 @@ def train(x, y, classes, args):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
-    return model, time.perf_counter() - began
+    return model, seconds_since(began, args.device)
+
+
+def seconds_since(began, device):
+    """Wall time, of what a GPU still has to do too."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def clean(x, y, x_valid, y_valid, classes, args):
     """The same loop, with the weight of every example learned."""
     model, sgd = new_model(x.shape[1], classes, args)
-    weights = torch.zeros(
-        len(x), requires_grad=True
-    )  # logits; the weight is their sigmoid
+    # logits; the weight is their sigmoid
+    weights = torch.zeros(len(x), device=args.device, requires_grad=True)
     optimizer = tb.BilevelOptimizer(
         inner=sgd,
         outer=OUTER[args.outer][0]([weights], lr=args.outer_lr),
@@ -152,7 +165,7 @@ def clean(x, y, x_valid, y_valid, classes, args):
         return F.cross_entropy(model(inputs), labels)
 
     batches = forever(loader(x, y, args.batch_size, args.seed))
-    touched = torch.zeros(len(x), dtype=torch.bool)
+    touched = torch.zeros(len(x), dtype=torch.bool, device=args.device)
     history = []
     bar = tqdm(total=args.outer_steps, desc=args.estimator, unit="outer step")
 
@@ -169,9 +182,9 @@ def clean(x, y, x_valid, y_valid, classes, args):
         optimizer.zero_grad()
         train_loss(inputs, labels, index).backward()
         optimizer.step()
-    seconds = time.perf_counter() - began
+    seconds = seconds_since(began, args.device)
     bar.close()
-    return model, weights.detach().sigmoid(), touched, history, seconds
+    return model, weights.detach().sigmoid().cpu(), touched.cpu(), history, seconds
 
 
 def accuracy(model, x, y):
@@ -223,6 +236,10 @@ def parse_arguments(argv):
     )
     parser.add_argument("--data", metavar="DIR", help="folder with MNIST idx files")
     parser.add_argument(
+        "--train", type=int, default=20000, help="training images of MNIST, up to 55000"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
         "--corruption", type=float, default=0.4, help="fraction of wrong labels"
     )
     parser.add_argument(
@@ -260,7 +277,9 @@ def parse_arguments(argv):
         args.batch_size = 500 if args.data else 100
     if not 0 <= args.corruption < 1:
         raise SystemExit2(f"--corruption {args.corruption} must lie in [0, 1)")
-    for name in ("outer_steps", "inner_steps", "batch_size"):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit2("--device cuda: PyTorch sees no CUDA device here")
+    for name in ("outer_steps", "inner_steps", "batch_size", "train"):
         if getattr(args, name) < 1:
             raise SystemExit2(f"--{name.replace('_', '-')} must be at least 1")
     try:
@@ -275,7 +294,7 @@ def parse_arguments(argv):
 def main(argv=None):
     """Run the example; returns the figures of the table."""
     args = parse_arguments(argv)
-    splits = read_mnist(args.data) if args.data else read_digits()
+    splits = read_mnist(args.data, args.train) if args.data else read_digits()
     (x, true), (x_valid, y_valid), (x_test, y_test) = splits
     classes = int(true.max()) + 1
     true = true.astype(np.int64)
@@ -283,7 +302,7 @@ def main(argv=None):
 
     def tensor(array):
         kind = torch.float32 if array.dtype.kind == "f" else torch.int64
-        return torch.tensor(array, dtype=kind)
+        return torch.tensor(array, dtype=kind, device=args.device)
 
     x, y, x_valid, y_valid, x_test, y_test, keep = map(
         tensor, (x, given, x_valid, y_valid, x_test, y_test, np.flatnonzero(~corrupted))
@@ -308,7 +327,14 @@ def main(argv=None):
         print(f"{name:34s} {value}")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(folder / "cleaning.png", x.numpy(), given, weights.numpy(), corrupted, history)
+    draw(
+        folder / "cleaning.png",
+        x.cpu().numpy(),
+        given,
+        weights.numpy(),
+        corrupted,
+        history,
+    )
     with open(folder / "weights.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "given_label", "true_label", "corrupted", "weight"])

@@ -399,7 +399,8 @@ def test_what_does_not_fit(what):
 
 
 def test_every_operation_has_a_case():
-    assert {name for name, _, _ in CASES.values()} == set(ops.__all__)
+    losses = set(ops.__all__) - {"solve_linear_heads"}  # test_heads.py
+    assert {name for name, _, _ in CASES.values()} == losses
 
 
 @pytest.mark.parametrize("bias", [True, False])

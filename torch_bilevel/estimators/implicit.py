@@ -119,6 +119,7 @@ class Implicit(Estimator):
             at.symmetric,
             transpose=at.transpose,
             factors=at.factors,
+            program=at.program,
         )
         if self.solver.needs_symmetric and not operator.symmetric:
             why = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._program import Program
 from ..errors import BilevelError, InvalidHyperparameters, SolverLimit
 from ..inner import RULES, HyperAdjoint, StepRecord, stationarity
 from ..ops import foreseen
@@ -148,11 +149,11 @@ class System:
 
     def product(self, v: Tensor) -> Tensor:
         """(∂_y r)ᵀ v = H (s ∘ v) + D ∘ v; symmetric when s is one sign throughout."""
-        return self._decayed(self.linearization.hvp(self.signed(v)), v)
+        return _decayed(self.linearization.hvp(self.signed(v)), v, self.decay)
 
     def transpose(self, u: Tensor) -> Tensor:
         """∂_y r u = s ∘ (Hᵀ u) + D ∘ u."""
-        return self._decayed(self.signed(self.linearization.transpose(u)), u)
+        return _decayed(self.signed(self.linearization.transpose(u)), u, self.decay)
 
     def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """`product` and `cross` from one pass; the loss's too, where it is still to come."""
@@ -161,12 +162,24 @@ class System:
         with foreseen(inner.tensors, inner.layout.split(v_)):
             # the product too: activation checkpoints are evaluated again in it
             Hv, Jv = self.linearization.joint(v_)
-        return self._decayed(Hv, v), Jv
+        return _decayed(Hv, v, self.decay), Jv
 
-    def _decayed(self, Hv: Tensor, v: Tensor) -> Tensor:
-        if isinstance(self.decay, Tensor):
-            return torch.addcmul(Hv, self.decay, v)
-        return torch.add(Hv, v, alpha=self.decay) if self.decay else Hv
+    def program(self) -> Program | None:
+        """`product` as a fixed program, where the engine has one of H."""
+        known = self.linearization.program()
+        if known is None:
+            return None
+        sign, decay = self.sign is not None, self.decay
+        moving = isinstance(decay, Tensor)
+        more = [t for t in (self.sign, decay) if isinstance(t, Tensor)]
+
+        def run(v: Tensor, *inputs: Tensor) -> Tensor:
+            given, rest = inputs[: len(known.inputs)], inputs[len(known.inputs) :]
+            Hv = known.run(rest[0] * v if sign else v, *given)
+            return _decayed(Hv, v, rest[-1] if moving else decay)
+
+        key = known.key, sign, None if moving else decay
+        return Program(key, run, [*known.inputs, *more])
 
     def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Point.factors`; D of the optimizer is part of the diagonal."""
@@ -180,6 +193,12 @@ class System:
     def cross(self, v: Tensor) -> Tensor:
         """J (s ∘ v)."""
         return self.linearization.cross(self.signed(v))
+
+
+def _decayed(Hv: Tensor, v: Tensor, decay: Tensor | float) -> Tensor:
+    if isinstance(decay, Tensor):
+        return torch.addcmul(Hv, decay, v)
+    return torch.add(Hv, v, alpha=decay) if decay else Hv
 
 
 def _spread(problem: BilevelProblem, values: Sequence[Any]) -> Tensor:

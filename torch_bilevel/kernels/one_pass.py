@@ -195,16 +195,17 @@ CHUNKED = tuned(
     ],
     KEY,
 )(_chunked_kernel)
-# COLUMNS hold all of d
+# COLUMNS hold all of d: ROWS, enough for 128-bit loads and few enough for the registers
+RESIDENT_TILES = {16: 128, 32: 64, 64: 64, 128: 16, 256: 16, 512: 16, 1024: 16}
 RESIDENT_KERNELS = {
     columns: tuned(
         [
-            {"ROWS": 16, "COLUMNS": columns, "num_warps": 8, "num_stages": 2},
-            {"ROWS": 16, "COLUMNS": columns, "num_warps": 8, "num_stages": 1},
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 2},
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 1},
         ],
         KEY,
     )(_resident_kernel)
-    for columns in (16, 32, 64, 128, 256, 512, 1024)
+    for columns, rows in RESIDENT_TILES.items()
 }
 
 

@@ -16,8 +16,15 @@ from .cut import always_fused as always_fused
 from .cut import cut_by as cut_by
 from .cut import model_output as model_output
 from .foresee import foreseen as foreseen
+from .fused import choices as choices
+from .heads import solve_linear_heads as solve_linear_heads
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .linear_logistic import linear_logistic as linear_logistic
 from .linear_squared_error import linear_squared_error as linear_squared_error
 
-__all__ = ["linear_cross_entropy", "linear_logistic", "linear_squared_error"]
+__all__ = [
+    "linear_cross_entropy",
+    "linear_logistic",
+    "linear_squared_error",
+    "solve_linear_heads",
+]

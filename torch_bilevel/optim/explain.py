@@ -9,6 +9,8 @@ import torch
 
 from ..errors import NoUpdateRule
 from ..inner import RULES, find_rule, stationarity
+from ..kernels.language import unavailable
+from ..ops import choices
 from ..products import DoubleBackward, Recording
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def explain(optimizer: BilevelOptimizer) -> str:
         f"  inner problem: {_system(optimizer, words.problem)}",
         f"  products: {words.products or _engine(optimizer, words.problem)}, vectors in "
         f"{str(inner.dtype).removeprefix('torch.')} on {inner.device}",
+        *_kernels(inner.zeros()),
         *_cost(optimizer),
         *_replaced(optimizer),
         *([] if words.products or words.problem else _faster(optimizer)),
@@ -65,6 +68,20 @@ def _engine(optimizer: BilevelOptimizer, problem: str | None) -> str:
         return f"double backward of each step{unused}"
     why = ", the default" if engine == DoubleBackward() else ", as you asked"
     return f"{str(engine)!r}{why}: {engine.words}"
+
+
+def _kernels(vector: torch.Tensor) -> list[str]:
+    """What runs as a kernel of this package, on devices that have any, or why nothing does."""
+    if vector.device.type == "cpu":
+        return []
+    why = unavailable(vector)
+    if why is not None:
+        return [f"  kernels: none, because {why}"]
+    parts = [
+        "steps of cg, richardson, neumann, heavy_ball and nesterov",
+        *choices.values(),
+    ]
+    return [f"  kernels: {'; '.join(parts)}"]
 
 
 def _cost(optimizer: BilevelOptimizer) -> list[str]:

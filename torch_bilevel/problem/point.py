@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._program import Program
 from ..errors import SolverLimit, StalePoint
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class Point(abc.ABC):
     @abc.abstractmethod
     def cross_transpose(self, u: Tensor) -> Tensor:
         """Jᵀ u for u of the outer layout, flat, of the inner layout."""
+
+    def program(self) -> Program | None:
+        """V ↦ H v as a fixed program of this point's values, for engines that have one."""
+        return None
 
     def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Z, D, λ) with H = Zᵀ D Z + diag(λ), for engines that know the model's outputs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureFailed
+from ..solvers import capture, copy_all
 
 
 def failed(name: str, error: Exception) -> CaptureFailed:
@@ -68,28 +70,41 @@ def uncompiled_functions() -> Iterator[None]:
 class CapturedProduct:
     """v ↦ run(v, *values), replayed: one launch from the host for all of its kernels.
 
+    The graph reads the values of a point from memory of its own; those of another point are copied
+    there first.
+
     Args:
         run: the product.
         v: an example.
-        values: of the point; they stay where they are.
+        values: of a point.
     """
 
     def __init__(self, run: Callable[..., Any], v: Tensor, values: Sequence[Tensor]):
-        self.v = v.clone()
-        stream = torch.cuda.Stream(v.device)
-        stream.wait_stream(torch.cuda.current_stream(v.device))
-        with torch.cuda.stream(stream):  # libraries choose their workspaces outside
-            run(self.v, *values)
-        torch.cuda.current_stream(v.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
+        self.v, self.values = v.clone(), [value.clone() for value in values]
+        self.results: tuple[Tensor, ...] = ()
+        self.at: weakref.ref | None = None
+
+        def launch() -> None:
+            self.results = run(self.v, *self.values)
+
         try:
-            with torch.cuda.graph(self.graph):
-                self.results = run(self.v, *values)
+            self.graph = capture(launch, v.device)
         except RuntimeError as error:
             raise failed("the product", error) from error
 
-    def __call__(self, v: Tensor) -> tuple[Tensor, ...]:
-        """The product; its results are copies."""
+    def __call__(
+        self, v: Tensor, point: Any, values: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The product at a point; its results are copies.
+
+        Args:
+            v: the direction.
+            point: whose values they are.
+            values: of the point.
+        """
+        if self.at is None or self.at() is not point:
+            copy_all(self.values, list(values))
+            self.at = weakref.ref(point)
         self.v.copy_(v)
         self.graph.replay()
         return tuple(result.clone() for result in self.results)

@@ -13,15 +13,18 @@ and recorded again if the program gives another value.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._program import Program
 from ..errors import CaptureFailed, RecordingWarning, UnknownName
 from ..ops import always_fused, foreseen
 from ..problem import (
@@ -199,7 +202,6 @@ class Values:
 
     gradient: Tensor
     kept: list[Tensor]
-    captured: dict[tuple[bool, bool], CapturedProduct] = field(default_factory=dict)
 
 
 class Recording:
@@ -233,6 +235,7 @@ class Recording:
         self.prefix, self.kept, self.order = split(module, 0, [0, 1])
         self.module = module
         self._products: dict[tuple[bool, bool], Callable[..., Any]] = {}
+        self._captured: dict[tuple[bool, bool], CapturedProduct] = {}
         self.nbytes = 0
 
     def _program(self, call: Call, given: Given) -> Callable[..., Any]:
@@ -292,27 +295,32 @@ class Recording:
         graph = product(self.module, self.kept, self.order, [2, 3]).graph
         return sum(node.op == "call_function" for node in graph.nodes), self.nbytes
 
-    def apply(
-        self, values: Values, v: Tensor, inner: bool, outer: bool
-    ) -> tuple[Tensor, ...]:
-        """H v if ``inner``, J v if ``outer``."""
-        wanted = inner, outer
-        run = self._products.get(wanted)
+    def product(self, inner: bool, outer: bool) -> Callable[..., Any]:
+        """v, *values ↦ (H v,) if ``inner``, (J v,) if ``outer``, or both."""
+        run = self._products.get((inner, outer))
         if run is None:
             numbers = [k for k, want in ((2, inner), (3, outer)) if want]
             run = product(self.module, self.kept, self.order, numbers)
             if self.options.compile:
                 run = torch.compile(run, fullgraph=True, dynamic=False)
-            self._products[wanted] = run
+            self._products[inner, outer] = run
+        return run
+
+    def apply(
+        self, values: Values, v: Tensor, inner: bool, outer: bool
+    ) -> tuple[Tensor, ...]:
+        """H v if ``inner``, J v if ``outer``."""
+        wanted = inner, outer
+        run = self.product(inner, outer)
         with torch.no_grad():
             if not supported(self.options.cuda_graph, v):
                 try:
                     return run(v, *values.kept)
                 except RuntimeError as error:
                     raise failed(self.name, error) from error
-            if wanted not in values.captured:
-                values.captured[wanted] = CapturedProduct(run, v, values.kept)
-            return values.captured[wanted](v)
+            if wanted not in self._captured:
+                self._captured[wanted] = CapturedProduct(run, v, values.kept)
+            return self._captured[wanted](v, values, values.kept)
 
 
 def _address(tensor: Tensor) -> int | None:
@@ -360,3 +368,30 @@ class TracedPoint(Substitute):
                 ]
         Hv = total[0] if inner else v.new_empty(0)
         return Hv, total[-1] if outer else v.new_empty(0)
+
+    def program(self) -> Program | None:
+        """See `Point.program`: where products may be replayed as CUDA graphs."""
+        example = self.problem.inner.layout.zeros()
+        options = [recording.options for recording, _, _ in self.parts]
+        if not all(supported(option.cuda_graph, example) for option in options):
+            return None
+        runs = [recording.product(True, False) for recording, _, _ in self.parts]
+        counts = [len(values.kept) for _, values, _ in self.parts]
+        weights = [weight for _, _, weight in self.parts]
+        moving = [isinstance(weight, Tensor) for weight in weights]
+        fixed = tuple(None if m else w for w, m in zip(weights, moving, strict=True))
+
+        def run(v: Tensor, *inputs: Tensor) -> Tensor:
+            rest = iter(inputs)
+            terms = []
+            for apply, count, weight in zip(runs, counts, fixed, strict=True):
+                (Hv,) = apply(v, *itertools.islice(rest, count))
+                factor = next(rest) if weight is None else weight
+                terms.append(Hv if weight == 1 else Hv * factor)
+            return functools.reduce(torch.add, terms)
+
+        inputs = []
+        for (_, values, weight), m in zip(self.parts, moving, strict=True):
+            inputs += [*values.kept, *([weight] if m else [])]
+        recordings = tuple(recording for recording, _, _ in self.parts)
+        return Program((recordings, fixed), run, inputs)

@@ -11,6 +11,8 @@ from .base import relative as relative
 from .base import solution as solution
 from .cg import CG as CG
 from .cgnr import CGNR as CGNR
+from .device import capture as capture
+from .device import copy_all as copy_all
 from .direct import Direct as Direct
 from .gmres import GMRES as GMRES
 from .heavy_ball import HeavyBall as HeavyBall

@@ -15,27 +15,14 @@ never turned into a number.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Static:
-    """A as a fixed program of tensors: nothing but launches, the same for every system of its kind.
-
-    Attributes:
-        key: what the program is; equal keys mean the same launches for inputs of the same shapes.
-        run: v, *inputs ↦ A v.
-        inputs: of this system.
-    """
-
-    key: Hashable
-    run: Callable[..., Tensor]
-    inputs: list[Tensor]
+from .._program import Program
 
 
 @dataclass
@@ -49,7 +36,7 @@ class Operator:
         transpose: the product v ↦ Aᵀ v, for a map that is not symmetric.
         sample: makes A_ζ number k, independent of those of other numbers; None where A is exact.
         integer: a whole number below the one given, drawn so that it can be drawn again.
-        static: A as a program that can be captured, on CUDA.
+        program: gives A as a fixed program, where whole iterations may be captured.
         factors: (Z, D, λ) with A = Zᵀ D Z + diag(λ), given the most numbers Z may have.
     """
 
@@ -60,7 +47,7 @@ class Operator:
     sample: Callable[[int], Operator] | None = None
     integer: Callable[[int], int] | None = None
     factors: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None
-    static: Static | None = None
+    program: Callable[[], Program | None] | None = None
     num_products: int = 0
 
     def __call__(self, v: Tensor) -> Tensor:

@@ -152,8 +152,9 @@ class CG(Solver):
         memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The same with flags on the device; see `advance` for when the host looks at them."""
-        state = cg_step.started(r, target, cold)
-        step = cg_step.cg_step if by_kernels(r) else cg_step.reference
+        state, kernels = cg_step.started(r, target, cold), by_kernels(r)
+        step = cg_step.cg_step if kernels else cg_step.reference
+        memory = memory if kernels else None  # graphs need steps that move their state
         early, steps = self.rtol > 0, self.max_steps
         state, taken = advance(operator, state, step, steps, early, memory)
         numbers, flags = state.numbers[taken % 2], state.flags[taken % 2]

@@ -2,7 +2,7 @@
 
 An iteration is a state on the device and a step; ``A`` applied to the state's direction comes
 between. Whether it goes on is a flag, copied to the host without waiting and looked at one look
-later. Where the operator says that it is a fixed program (see `Static`), whole blocks of steps,
+later. Where the operator says that it is a fixed program (see `Program`), whole blocks of steps,
 products included, are captured once as a CUDA graph and replayed for every later system.
 """
 
@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._program import Program
+from ..errors import CaptureFailed
 from ..kernels.language import unavailable
-from .base import Memory, Operator, Static
+from .base import Memory, Operator
 
 BLOCK = 4  # steps between looks at the flag; even, because states alternate between two halves
 KEPT = 8  # captured iterations
@@ -77,14 +79,18 @@ def advance(
         step: of (state, A direction, number) makes the next state.
         num_steps: at most so many.
         early: look at the flag; otherwise all steps are taken.
-        memory: keeps captured graphs from one system to the next.
+        memory: keeps captured graphs, of steps that move their state, from one system to the next.
         key: what, besides the operator, the step's meaning depends on.
 
     Returns:
         The state after the last step, and how many were taken.
     """
-    if operator.static is not None and memory is not None:
-        return _replayed(operator, state, step, num_steps, early, memory, key)
+    program = None
+    if operator.program is not None and memory is not None:
+        program = operator.program()
+    if program is not None and memory is not None:
+        whole = type(state), key, num_steps, early
+        return _replayed(operator, program, state, step, whole, memory)
     watch = Watch()
     for k in range(num_steps):
         if early and watch.stopped(state.going(k)):
@@ -112,25 +118,21 @@ class Captured:
 
 def _replayed(
     operator: Operator,
+    program: Program,
     state: S,
     step: Step[S],
-    num_steps: int,
-    early: bool,
+    how: tuple[Any, Hashable, int, bool],
     memory: Memory,
-    key: Hashable,
 ) -> tuple[S, int]:
-    static = operator.static
-    assert static is not None
-    v = state.direction
-    whole = static.key, type(state), key, num_steps, early, v.dtype, len(v)
+    v, (*_, num_steps, early) = state.direction, how
+    whole = program.key, how, v.dtype, len(v)
     found = memory.captured.pop(whole, None)
     if found is None:
-        found = _captured(static, state, step, num_steps, early)
+        found = _captured(program, state, step, num_steps, early)
     memory.captured[whole] = found
     if len(memory.captured) > KEPT:
         del memory.captured[next(iter(memory.captured))]
-    for own, given in zip(found.inputs, static.inputs, strict=True):
-        own.copy_(given)
+    copy_all(found.inputs, program.inputs)
     _copy(found.state, state)
     watch, taken = Watch(), 0
     for graph, size in zip(found.graphs, found.sizes, strict=True):
@@ -144,18 +146,18 @@ def _replayed(
 
 
 def _captured(
-    static: Static, state: S, step: Step[S], num_steps: int, early: bool
+    program: Program, state: S, step: Step[S], num_steps: int, early: bool
 ) -> Captured:
     """Capture all steps as one graph, or, to stop early, as graphs of a few steps each."""
     own = _copied(state)
-    inputs = [t.clone() for t in static.inputs]
+    inputs = [t.clone() for t in program.inputs]
     size = BLOCK if early else num_steps
     starts = list(range(0, num_steps, size))
 
     def block(first: int) -> Callable[[], None]:
         def run() -> None:
             for k in range(first, min(first + size, num_steps)):
-                step(own, static.run(own.direction, *inputs), k)
+                step(own, program.run(own.direction, *inputs), k)
 
         return run
 
@@ -166,7 +168,13 @@ def _captured(
         # blocks are alike, but for the first step of all and the number of steps
         alike = last - first, first == 0
         if alike not in made:
-            made[alike] = capture(block(first), own.direction.device)
+            try:
+                made[alike] = capture(block(first), own.direction.device)
+            except RuntimeError as error:
+                raise CaptureFailed(
+                    f"The solve could not be captured as a CUDA graph: {error} Write "
+                    "products='traced(cuda_graph=False)'."
+                ) from error
         graphs.append(made[alike])
         sizes.append(last - first)
     return Captured(own, inputs, graphs, sizes)
@@ -177,9 +185,15 @@ def _copied(state: S) -> S:
 
 
 def _copy(into: Any, state: Any) -> None:
-    for own, given in zip(into, state, strict=True):
-        if isinstance(own, Tensor):
-            own.copy_(given)
+    both = zip(into, state, strict=True)
+    pairs = [(own, given) for own, given in both if isinstance(own, Tensor)]
+    copy_all([own for own, _ in pairs], [given for _, given in pairs])
+
+
+def copy_all(into: list[Tensor], given: list[Tensor]) -> None:
+    """Overwrite tensors, in a few launches."""
+    if into:
+        torch._foreach_copy_(into, given)
 
 
 def capture(run: Callable[[], None], device: torch.device) -> Any:
