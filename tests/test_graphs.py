@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import torch_bilevel as tb
+from torch_bilevel import ops
+from torch_bilevel._program import Program
 from torch_bilevel.kernels import cg_step, momentum_step, richardson_step
 from torch_bilevel.kernels.language import unavailable
+from torch_bilevel.optim import explain
 from torch_bilevel.products import capture as product_capture
 from torch_bilevel.products import traced
-from torch_bilevel.solvers import cg, device, momentum, richardson
+from torch_bilevel.solvers import Memory, Operator, cg, device, momentum, richardson
 
 NO_KERNELS = unavailable(torch.zeros(1))
 pytestmark = pytest.mark.skipif(NO_KERNELS is not None, reason=str(NO_KERNELS))
@@ -97,13 +100,14 @@ def captures(monkeypatch):
     return made
 
 
-def problem(estimator, products, weight_decay=0.4, parts=1):
+def problem(estimator, products, weight_decay=0.4, parts=1, where="cpu"):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
     )
-    x, y = torch.randn(24, 4), torch.randint(3, (24,))
-    weights = torch.zeros(24, requires_grad=True)
+    x, y = torch.randn(24, 4).to(where), torch.randint(3, (24,)).to(where)
+    model.to(where)
+    weights = torch.zeros(24, device=where, requires_grad=True)
     optimizer = tb.BilevelOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.2, weight_decay=weight_decay),
         torch.optim.SGD([weights], lr=5.0),
@@ -125,7 +129,7 @@ def problem(estimator, products, weight_decay=0.4, parts=1):
     def rounds(count):
         for k in range(count):
             optimizer.zero_grad()
-            for part in torch.arange(24).roll(k).chunk(parts):
+            for part in torch.arange(24, device=where).roll(k).chunk(parts):
                 (train_loss(part) / parts).backward()
             optimizer.step()
             optimizer.outer_step()
@@ -188,3 +192,119 @@ def test_without_graphs_on_request(captures):
     rounds, _ = problem("cg(max_steps=3, rtol=0.)", "traced(cuda_graph=False)")
     list(rounds(2))
     assert not captures
+
+
+@pytest.mark.parametrize("kernel", ["rows", "one_pass"])
+def test_kernels_of_a_fused_loss_are_part_of_the_recording(captures, kernel):
+    x, y = torch.randn(20, 6), torch.randint(3, (20,))
+    found = []
+    for name, products in ((kernel, "traced"), ("torch", "double_backward")):
+        torch.manual_seed(0)
+        W, w = (
+            torch.zeros(3, 6, requires_grad=True),
+            torch.zeros(20, requires_grad=True),
+        )
+        optimizer = tb.BilevelOptimizer(
+            torch.optim.SGD([W], lr=0.5, weight_decay=0.1),
+            torch.optim.SGD([w], lr=1.0),
+            estimator="cg(max_steps=4, rtol=0.)",
+            products=products,
+        )
+
+        @optimizer.inner_loss
+        def train_loss(W=W, w=w, name=name):
+            return tb.ops.linear_cross_entropy(
+                x, W, None, y, example_weights=w.sigmoid(), kernel=name
+            )
+
+        optimizer.outer_loss(lambda W=W: (W[0] - W[1]).square().sum())
+        for _ in range(3):
+            optimizer.zero_grad()
+            train_loss().backward()
+            optimizer.step()
+            optimizer.outer_step()
+        found.append(w.grad)
+        if products == "traced":
+            (program,) = (
+                r for r in optimizer.problem.recorded.values() if hasattr(r, "module")
+            )
+            assert "linear_hessian_product" in program.module.code
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_a_solve_of_a_fixed_number_of_steps_waits_for_nothing(captures):
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "_local_scalar_dense" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    A = torch.linspace(1, 3, 30)
+    program = Program("A", lambda v, d: d * v, [A])
+    memory = Memory()
+    for _ in range(2):
+        operator = Operator(lambda v: A * v, 30, program=lambda: program)
+        b = torch.randn(30)
+        with Waits() as waits:
+            found = tb.CG(max_steps=12, rtol=0.0).solve(operator, b, None, memory)
+        assert operator.num_products == 12
+    # the second time; the first compiles
+    assert waits.count == 0 and len(captures) == 1
+    torch.testing.assert_close(found.value, b / A, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_captured_is_an_error_with_the_way_round(captures, monkeypatch):
+    def refuse(run, where):
+        raise RuntimeError("operation not permitted when stream is capturing.")
+
+    monkeypatch.setattr(device, "capture", refuse)
+    rounds, _ = problem("cg(max_steps=3, rtol=0., warm_start=False)", "traced")
+    with pytest.raises(tb.CaptureFailed, match=r"not permitted.*cuda_graph=False"):
+        list(rounds(1))
+
+
+def test_explain_says_what_runs_as_a_kernel(monkeypatch):
+    class There:
+        device = torch.device("cuda")
+
+    fused = ops.fused
+    monkeypatch.setattr(fused, "choices", {"a": "a by 'rows' (x of 3 MB, 10 classes)"})
+    monkeypatch.setattr(explain, "choices", fused.choices)
+    monkeypatch.setattr(explain, "unavailable", lambda v: None)
+    (line,) = explain._kernels(There())
+    assert "steps of cg" in line and "a by 'rows' (x of 3 MB" in line
+    monkeypatch.setattr(explain, "unavailable", lambda v: "Triton is not installed")
+    assert explain._kernels(There()) == [
+        "  kernels: none, because Triton is not installed"
+    ]
+    assert explain._kernels(torch.zeros(1)) == []
+
+
+NO_GPU = "" if torch.cuda.is_available() else "there is no CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_on_a_gpu_replayed_solves_are_those_of_double_backward(estimator):
+    ours, theirs = (
+        problem(estimator, products, where="cuda")[0]
+        for products in ("traced", "double_backward")
+    )
+    for (found, _), (exact, _) in zip(ours(4), theirs(4), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+def test_on_a_gpu_a_solve_of_a_fixed_number_of_steps_waits_for_nothing():
+    A = torch.linspace(1, 3, 30, device="cuda")
+    program = Program("A", lambda v, d: d * v, [A])
+    memory, b = Memory(), torch.ones_like(A)
+    for mode in ("default", "error"):
+        operator = Operator(lambda v: A * v, 30, program=lambda: program)
+        torch.cuda.set_sync_debug_mode(mode)
+        found = tb.CG(max_steps=9, rtol=0.0).solve(operator, b, None, memory)
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.value, b / A, rtol=1e-5, atol=1e-5)

@@ -39,7 +39,8 @@ class CG(Solver):
     Needs: a symmetric A. When it meets negative curvature it stops at the last good iterate;
     from a zero start, where there is none, at the multiple of b it would have stepped to.
     Costs: one product a step (one more with a warm start) and eight vectors; three operations on
-    vectors a step. A host synchronisation a step unless ``rtol=0``.
+    vectors a step. On CUDA two kernels a step; with
+    ``rtol > 0`` the host looks at a flag one step late, with ``rtol=0`` at nothing.
 
     Args:
         max_steps: cap on the number of steps.
