@@ -1,5 +1,8 @@
 """Linear solvers on known systems: laws of `torch_bilevel.solvers.base`."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import ESTIMATORS, SYMMETRIC_ONLY
@@ -377,3 +380,21 @@ def test_cg_does_not_depend_on_units(scale_A, scale_b):
         return  # not a number of this precision
     error = (found.value.double() - expected).norm() / expected.norm()
     assert error < 1e-4 and found.status == "converged"
+
+
+@pytest.mark.parametrize("flag", ["allow_tf32", "fp32_precision"])
+def test_inner_products_are_not_rounded_whichever_flag_lets_products_be(flag):
+    """In a process of its own: PyTorch does not let both flags be used in one."""
+    code = f"""
+import torch
+from torch_bilevel.kernels.language import tf32
+from torch_bilevel.solvers.cg import full_precision
+matmul = torch.backends.cuda.matmul
+assert not tf32()
+matmul.{flag} = {{"allow_tf32": True, "fp32_precision": "tf32"}}["{flag}"]
+assert tf32()
+with full_precision(torch.device("cuda")):
+    assert not tf32()
+assert tf32() and matmul.{flag} in (True, "tf32")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,14 +2,14 @@
 
     A_t v = Σ_i a_i (ℓ_zz (V x_i + v_b)) (x_i, 1)ᵀ + λ_t v,     A_t v_t = b_t,     t = 1, …, T
 
-*Direct* (d ≤ 128): x and the vectors (c, d) stay on the chip. *In sample space*, any d: every
+*Direct* (d ≤ 64): x and the vectors (c, d) stay on the chip. *In sample space*, any d: every
 vector of the iteration from zero is α b + Sᵀ x with S (n, c), so that a step costs n² c whatever d
 is; with K = x xᵀ and B = x bᵀ,
 
     x v = α B + K S,    A v = (λ α, λ S + D(x v)),    ⟨v, v⟩ = α² ⟨b, b⟩ + α ⟨B, S⟩ + ⟨S, x v⟩
 
-x is read twice in all. Where d < n, b lies in the span of x and these sums cancel: there the
-direct form is used.
+x is read twice in all. Where d < n, b lies in the span of x and these sums cancel; as n ≤ 64 too,
+that is always direct.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import Tensor
 from .language import DTYPES, jit, padded, tl
 from .links import curvature, over_rows
 from .one_pass import Direction, precision
+from .reduce import finite
 
 MOST_ROWS = 64  # of a task: K is in registers
-DIRECT = 128  # most features for the direct form
+DIRECT = 64  # most features for the direct form
 
 
 class Heads(NamedTuple):
@@ -63,16 +64,21 @@ def reference(
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).sum(1, keepdim=True)
 
-    v, r, p, rr = torch.zeros_like(right), right, right, dot(right, right)
+    r, p, rr = right, right, dot(right, right)
+    v = 0 * rr * right
     bb, going, steps = rr, rr > 0, torch.zeros_like(rr, dtype=torch.int64)
     negative = torch.zeros_like(going)
+    least = eps**2 * bb  # below, there is nothing that the precision can resolve
     for _ in range(num_steps):
         q = times(p)
         pq, pp = dot(p, q), dot(p, p)
         stretch = 2 * (pq - tasks * pp).abs() + tasks.abs() * pp
+        going = going & (rr > least)
+        lost = going & ~torch.isfinite(pq)  # NaN stays NaN
         negative = negative | (going & (pq < -10 * eps * stretch))
-        going = going & (rr > 0) & (pq > 10 * eps * stretch)
-        alpha = torch.where(going, rr / torch.where(going, pq, 1), 0)
+        going = going & (pq > 10 * eps * stretch) & ~lost
+        alpha = torch.where(lost, torch.nan, 0.0).to(rr.dtype)
+        alpha = torch.where(going, rr / torch.where(going, pq, 1), alpha)
         v, r = v + alpha * p, r - alpha * q
         new = torch.where(going, dot(r, r), rr)
         p = torch.where(going, r + (new / torch.where(rr > 0, rr, 1)) * p, p)
@@ -117,18 +123,22 @@ def _total(block):
 
 
 @jit
-def _coefficients(rr, pp, curved, damping, going, EPS: tl.constexpr):
-    """Curvature pᵀA p, whether to go on, whether it is negative, and α."""
+def _coefficients(rr, bb, pp, curved, damping, going, EPS: tl.constexpr):
+    """Whether to go on, whether pᵀA p is negative, and α."""
     pq = damping * pp + curved
     stretch = 2 * tl.abs(curved) + tl.abs(damping) * pp
+    going = going & (rr > EPS * EPS * bb)  # less is nothing the precision can resolve
+    lost = going & (finite(pq) == 0)  # NaN stays NaN
     bad = going & (pq < -10 * EPS * stretch)
-    going = going & (rr > 0) & (pq > 10 * EPS * stretch)
-    return going, bad, tl.where(going, rr / tl.where(going, pq, 1), 0)
+    going = going & (pq > 10 * EPS * stretch) & (lost == 0)
+    alpha = tl.where(lost, float("nan"), 0)
+    return going, bad, tl.where(going, rr / tl.where(going, pq, 1), alpha)
 
 
 @jit
 def _report(info, task, tasks, bb, rr, steps, negative):
-    tl.store(info + task, tl.sqrt(tl.maximum(rr, 0) / tl.where(bb > 0, bb, 1)))
+    rr = tl.where(rr < 0, 0, rr)  # of sums that cancel
+    tl.store(info + task, tl.sqrt(rr / tl.where(bb > 0, bb, 1)))
     tl.store(info + tasks + task, steps)
     tl.store(info + 2 * tasks + task, negative)
 
@@ -171,7 +181,7 @@ def _samples_kernel(
         curved = over_rows(a, 1) * curvature(p_of, out_p, LINK, 1)
         pp = of_p * of_p * bb + of_p * _total(B * in_p) + _total(in_p * out_p)
         going, bad, alpha = _coefficients(
-            rr, pp, _total(out_p * curved), pull, going, EPS
+            rr, bb, pp, _total(out_p * curved), pull, going, EPS
         )
         negative = negative | bad
         of_x, in_x = of_x + alpha * of_p, in_x + alpha * in_p
@@ -184,6 +194,12 @@ def _samples_kernel(
         in_p = tl.where(going, in_r + beta * in_p, in_p)
         out_p = tl.where(going, out_r + beta * out_p, out_p)
         rr, steps = tl.where(going, new, rr), steps + going.to(DTYPE)
+    # b − A x
+    out_x = of_x * B + tl.dot(K, in_x, input_precision=PRECISION, out_dtype=DTYPE)
+    of_r = 1 - pull * of_x
+    in_r = -pull * in_x - over_rows(a, 1) * curvature(p_of, out_x, LINK, 1)
+    out_r = of_r * B + tl.dot(K, in_r, input_precision=PRECISION, out_dtype=DTYPE)
+    rr = of_r * of_r * bb + of_r * _total(B * in_r) + _total(in_r * out_r)
     turned = tl.trans(in_x)
     for first in range(0, d, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -220,15 +236,17 @@ def _direct_kernel(
     r_b = tl.zeros((C,), DTYPE)
     if bias is not None:
         r_b = tl.load(bias + task * classes + index, mask=index < classes, other=0)
-    v, p, v_b, p_b = r * 0, r, r_b * 0, r_b
     bb = _total(r * r) + tl.sum(r_b * r_b, 0)
+    v, p, v_b, p_b = r * 0 + bb * 0, r, r_b * 0 + bb * 0, r_b
     rr, steps, negative, going = bb, bb * 0, bb < 0, bb > 0
     for _ in range(num_steps):
         u = tl.dot(here, tl.trans(p), input_precision=PRECISION, out_dtype=DTYPE)
         u += p_b[None, :]
         curved = over_rows(a, 1) * curvature(p_of, u, LINK, 1)
         pp = _total(p * p) + tl.sum(p_b * p_b, 0)
-        going, bad, alpha = _coefficients(rr, pp, _total(u * curved), pull, going, EPS)
+        going, bad, alpha = _coefficients(
+            rr, bb, pp, _total(u * curved), pull, going, EPS
+        )
         negative = negative | bad
         v, v_b = v + alpha * p, v_b + alpha * p_b
         turned = tl.trans(curved)
@@ -241,18 +259,25 @@ def _direct_kernel(
         p = tl.where(going, r + beta * p, p)
         p_b = tl.where(going, r_b + beta * p_b, p_b)
         rr, steps = tl.where(going, new, rr), steps + going.to(DTYPE)
+    # b − A v
+    u = tl.dot(here, tl.trans(v), input_precision=PRECISION, out_dtype=DTYPE)
+    curved = over_rows(a, 1) * curvature(p_of, u + v_b[None, :], LINK, 1)
+    r = tl.load(b + at, mask=inside, other=0) - pull * v
+    r -= tl.dot(tl.trans(curved), here, input_precision=PRECISION, out_dtype=DTYPE)
     tl.store(value + at, v, mask=inside)
+    rr = _total(r * r)
     if bias is not None:
+        r_b = tl.load(bias + task * classes + index, mask=index < classes, other=0)
+        r_b -= pull * v_b + tl.sum(curved, 0)
+        rr += tl.sum(r_b * r_b, 0)
         tl.store(value_b + task * classes + index, v_b, mask=index < classes)
     _report(info, task, tl.num_programs(0), bb, rr, steps, negative.to(DTYPE))
 
 
-def suits(n: int, d: int, classes: int) -> str | None:
+def suits(n: int, classes: int) -> str | None:
     """Why a task is not for these kernels, or None."""
     if classes > 16:
         return f"{classes} classes, and a program holds 16"
-    if d < n and d > DIRECT:
-        return f"{n} examples of {d} features, and a program holds {DIRECT} features"
     if n > MOST_ROWS:
         return f"{n} examples in a task, and a program holds {MOST_ROWS}"
     return None
@@ -283,14 +308,15 @@ def head_cg(
     (tasks, n, d), classes = x.shape, state.shape[1]
     value, info = torch.empty_like(b.weight), x.new_empty(3, tasks)
     value_b = None if b.bias is None else torch.empty_like(b.bias)
-    direct = d <= DIRECT and (d < n or d <= 64)
+    direct, N = d <= DIRECT, padded(n, 16)
     if tasks:
         (_direct_kernel if direct else _samples_kernel)[(tasks,)](
             x, state, scale, damping, b.weight, b.bias, value, value_b, info, n, d,
             classes, num_steps, DAMPING_EACH=damping.dim(), LINK=link.kind,
             EPS=torch.finfo(x.dtype).eps, DTYPE=DTYPES[x.dtype],
-            PRECISION=precision(x.dtype, False), N=padded(n, 16), C=padded(classes, 16),
+            PRECISION=precision(x.dtype, False), N=N, C=padded(classes, 16),
             COLUMNS=padded(d, 16) if direct else 32,
+            num_warps=8 if direct and N > 16 else 4,
         )  # fmt: skip
     residual, steps, negative = info
     return Heads(Direction(value, value_b), steps.long(), residual, negative > 0)

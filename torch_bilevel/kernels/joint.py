@@ -135,8 +135,8 @@ def _joint_kernel(
 
 JOINT = tuned(
     [
-        {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2},
         {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
         {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
     ],
     KEY,

@@ -75,6 +75,14 @@ def unavailable(tensor: Tensor) -> str | None:
     return None
 
 
+def tf32() -> bool:
+    """Whether the user lets matrix products be rounded to TF32, whichever flag said so.
+
+    ``allow_tf32`` cannot be read once ``fp32_precision`` was written.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def programs(tensor: Tensor, most: int, per_processor: int = 1) -> int:
     """How many programs to launch: what runs at once on the device, and no more than ``most``."""
     if tensor.device.type != "cuda":

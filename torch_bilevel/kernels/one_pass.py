@@ -195,17 +195,26 @@ CHUNKED = tuned(
     ],
     KEY,
 )(_chunked_kernel)
-# COLUMNS hold all of d: ROWS, enough for 128-bit loads and few enough for the registers
-RESIDENT_TILES = {16: 128, 32: 64, 64: 64, 128: 16, 256: 16, 512: 16, 1024: 16}
+# COLUMNS hold all of d. ROWS and warps: enough numbers a thread for 128-bit loads, few enough for
+# its registers, in Triton 3.6 to 3.9
+RESIDENT_TILES = {
+    16: (64, 8),
+    32: (64, 8),
+    64: (64, 8),
+    128: (16, 8),
+    256: (16, 8),
+    512: (16, 4),
+    1024: (16, 8),
+}
 RESIDENT_KERNELS = {
     columns: tuned(
         [
-            {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 2},
-            {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 1},
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+            for stages in (2, 1)
         ],
         KEY,
     )(_resident_kernel)
-    for columns, rows in RESIDENT_TILES.items()
+    for columns, (rows, warps) in RESIDENT_TILES.items()
 }
 
 

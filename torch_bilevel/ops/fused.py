@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import KernelUnavailable
 from ..kernels import joint, one_pass, rows
-from ..kernels.language import unavailable
+from ..kernels.language import tf32, unavailable
 from ..kernels.one_pass import Direction, worthwhile
 from .link import Link
 
@@ -104,7 +104,7 @@ def hessian_product(
     """
     return _hessian_product(
         x, weight.contiguous(), bias, state.contiguous(), target.contiguous(), seed, share,
-        omega, _kind(link), link.smoothing, link.kernel == "one_pass", slopes, _tf32(),
+        omega, _kind(link), link.smoothing, link.kernel == "one_pass", slopes, tf32(),
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def joint_oracle(
     found = _joint_oracle(
         x, at.weight.contiguous(), at.bias, v.weight.contiguous(), v.bias,
         target.contiguous(), share, omega, _kind(link), link.smoothing,
-        link.kernel == "one_pass", _tf32(),
+        link.kernel == "one_pass", tf32(),
     )  # fmt: skip
     loss, losses, slopes, both, both_b = found
     (gW, hW), (gb, hb) = both, (None, None) if at.bias is None else both_b
@@ -138,11 +138,6 @@ class _Known(NamedTuple):
 def _kind(link: Link) -> int:
     assert link.kind is not None
     return link.kind
-
-
-def _tf32() -> bool:
-    """Whether the user lets matrix products be rounded to TF32."""
-    return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 @torch.library.custom_op("torch_bilevel::linear_hessian_product", mutates_args=())

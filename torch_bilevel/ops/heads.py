@@ -102,7 +102,7 @@ def _by_kernel(kernel: str, x: Tensor, classes: int) -> bool:
         )
     if kernel == "torch" or (kernel == "auto" and x.device.type != "cuda"):
         return False
-    why = unavailable(x) or head_cg.suits(x.shape[1], x.shape[2], classes)
+    why = unavailable(x) or head_cg.suits(x.shape[1], classes)
     if why is None and torch._C._are_functorch_transforms_active():
         why = "a function transform (vmap, jvp, ...) is active"
     if kernel == "auto":

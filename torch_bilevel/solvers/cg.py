@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import _checks
 from ..kernels import cg_step
 from ..kernels.cg_step import unit_of
+from ..kernels.language import tf32
 from .base import (
     Memory,
     Operator,
@@ -182,11 +183,11 @@ def _inner_products(rows: Tensor) -> Tensor:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Inner products by matrix products, not in TF32, whatever the user allows their model."""
-    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
+    if device.type != "cuda" or not tf32():
         yield
         return
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = "tf32"

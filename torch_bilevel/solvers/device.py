@@ -95,7 +95,7 @@ def advance(
     for k in range(num_steps):
         if early and watch.stopped(state.going(k)):
             return state, k
-        state = step(state, operator(state.direction), k)
+        state = step(state, operator(state.direction).contiguous(), k)
     return state, num_steps
 
 
@@ -157,7 +157,7 @@ def _captured(
     def block(first: int) -> Callable[[], None]:
         def run() -> None:
             for k in range(first, min(first + size, num_steps)):
-                step(own, program.run(own.direction, *inputs), k)
+                step(own, program.run(own.direction, *inputs).contiguous(), k)
 
         return run
 
