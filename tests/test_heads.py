@@ -61,7 +61,7 @@ def test_solutions(kernel, loss, bias, n, d):
     given = heads(n=n, d=d, bias=bias)
     omega, damping = torch.rand(3, n), torch.tensor([0.5, 1.0, 2.0])
     found = solve_linear_heads(
-        *given, damping=damping, num_steps=40, loss=loss, example_weights=omega,
+        *given, damping=damping, num_steps=20, loss=loss, example_weights=omega,
         kernel=kernel,
     )  # fmt: skip
     for t in range(3):

@@ -227,7 +227,9 @@ def _direct_kernel(
     columns = tl.arange(0, COLUMNS)
     at = index[:, None] * d + columns[None, :]
     inside = (index[:, None] < classes) & (columns[None, :] < d)
-    b, value = b + task * classes * d, value + task * classes * d
+    b, value = (
+        b + task.to(tl.int64) * classes * d, value + task.to(tl.int64) * classes * d
+    )  # fmt: skip
     here = _load_columns(x + task.to(tl.int64) * n * d, samples, columns, n, d)
     p_of = _load_rows(state + task * classes * n, index, samples, n, classes)
     a = tl.load(scale + task * n + samples, mask=samples < n, other=0)
@@ -239,36 +241,35 @@ def _direct_kernel(
     bb = _total(r * r) + tl.sum(r_b * r_b, 0)
     v, p, v_b, p_b = r * 0 + bb * 0, r, r_b * 0 + bb * 0, r_b
     rr, steps, negative, going = bb, bb * 0, bb < 0, bb > 0
-    for _ in range(num_steps):
-        u = tl.dot(here, tl.trans(p), input_precision=PRECISION, out_dtype=DTYPE)
-        u += p_b[None, :]
+    q, q_b = v, v_b
+    for k in range(num_steps + 1):
+        last = (steps * 0 + k) == num_steps  # the product with v, for the residual
+        w, w_b = tl.where(last, v, p), tl.where(last, v_b, p_b)
+        u = tl.dot(here, tl.trans(w), input_precision=PRECISION, out_dtype=DTYPE)
+        u += w_b[None, :]
         curved = over_rows(a, 1) * curvature(p_of, u, LINK, 1)
-        pp = _total(p * p) + tl.sum(p_b * p_b, 0)
+        turned = tl.trans(curved)
+        q = tl.dot(turned, here, input_precision=PRECISION, out_dtype=DTYPE) + pull * w
+        if bias is not None:
+            q_b = tl.sum(curved, 0) + pull * w_b
+        pp = _total(w * w) + tl.sum(w_b * w_b, 0)
         going, bad, alpha = _coefficients(
-            rr, bb, pp, _total(u * curved), pull, going, EPS
+            rr, bb, pp, _total(u * curved), pull, going & (last == 0), EPS
         )
         negative = negative | bad
         v, v_b = v + alpha * p, v_b + alpha * p_b
-        turned = tl.trans(curved)
-        q = tl.dot(turned, here, input_precision=PRECISION, out_dtype=DTYPE) + pull * p
-        r = r - alpha * q
-        if bias is not None:
-            r_b = r_b - alpha * (tl.sum(curved, 0) + pull * p_b)
+        r, r_b = r - alpha * q, r_b - alpha * q_b
         new = _total(r * r) + tl.sum(r_b * r_b, 0)
         beta = new / tl.where(rr > 0, rr, 1)
         p = tl.where(going, r + beta * p, p)
         p_b = tl.where(going, r_b + beta * p_b, p_b)
         rr, steps = tl.where(going, new, rr), steps + going.to(DTYPE)
-    # b − A v
-    u = tl.dot(here, tl.trans(v), input_precision=PRECISION, out_dtype=DTYPE)
-    curved = over_rows(a, 1) * curvature(p_of, u + v_b[None, :], LINK, 1)
-    r = tl.load(b + at, mask=inside, other=0) - pull * v
-    r -= tl.dot(tl.trans(curved), here, input_precision=PRECISION, out_dtype=DTYPE)
-    tl.store(value + at, v, mask=inside)
+    r = tl.load(b + at, mask=inside, other=0) - q
     rr = _total(r * r)
+    tl.store(value + at, v, mask=inside)
     if bias is not None:
         r_b = tl.load(bias + task * classes + index, mask=index < classes, other=0)
-        r_b -= pull * v_b + tl.sum(curved, 0)
+        r_b -= q_b
         rr += tl.sum(r_b * r_b, 0)
         tl.store(value_b + task * classes + index, v_b, mask=index < classes)
     _report(info, task, tl.num_programs(0), bb, rr, steps, negative.to(DTYPE))
@@ -308,15 +309,14 @@ def head_cg(
     (tasks, n, d), classes = x.shape, state.shape[1]
     value, info = torch.empty_like(b.weight), x.new_empty(3, tasks)
     value_b = None if b.bias is None else torch.empty_like(b.bias)
-    direct, N = d <= DIRECT, padded(n, 16)
+    direct = d <= DIRECT
     if tasks:
         (_direct_kernel if direct else _samples_kernel)[(tasks,)](
             x, state, scale, damping, b.weight, b.bias, value, value_b, info, n, d,
             classes, num_steps, DAMPING_EACH=damping.dim(), LINK=link.kind,
             EPS=torch.finfo(x.dtype).eps, DTYPE=DTYPES[x.dtype],
-            PRECISION=precision(x.dtype, False), N=N, C=padded(classes, 16),
+            PRECISION=precision(x.dtype, False), N=padded(n, 16), C=padded(classes, 16),
             COLUMNS=padded(d, 16) if direct else 32,
-            num_warps=8 if direct and N > 16 else 4,
         )  # fmt: skip
     residual, steps, negative = info
     return Heads(Direction(value, value_b), steps.long(), residual, negative > 0)

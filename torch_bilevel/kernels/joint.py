@@ -20,17 +20,18 @@ from .links import along as along_v
 from .links import load_target, over_rows, scales, value
 from .one_pass import (
     KEY,
+    LEAST_ROWS,
     Direction,
     add_product,
     load_tile,
     load_turned,
+    partial_sums,
     precision,
+    size_class,
     with_bias,
 )
 from .rows import per_row
 from .sums import summed
-
-MOST_ROWS = 128
 
 
 class Joint(NamedTuple):
@@ -78,10 +79,10 @@ def reference(
 
 @jit
 def _joint_kernel(
-    x, weight, bias, weight_v, bias_v, target, share, omega, one, loss, losses, slopes,
+    x, weight, bias, weight_v, bias_v, target, share, omega, loss, losses, slopes,
     total, total_b, n, d, classes, SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr,
     LINK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index = tl.arange(0, C)
@@ -104,8 +105,7 @@ def _joint_kernel(
         u = with_bias(u, bias_v, index, classes)
         real = (rows[:, None] < n) & (index[None, :] < classes)
         t = load_target(target, rows, index, real, n, LINK, 1)
-        # s = 1
-        _, scale = scales(one, share, omega, rows, rows < n, 0, SHARE_ROWS)
+        _, scale = scales(None, share, omega, rows, rows < n, 0, SHARE_ROWS)
         found, r, state = value(z, t, index, real, classes, SMOOTHING, LINK, 1)
         u = tl.where(real, u, 0)
         slope, curved = along_v(state, t, u, index, classes, SMOOTHING, LINK, 1)
@@ -155,7 +155,7 @@ def joint_oracle(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, gradient, H v and J v in two launches and one read of x.
 
-    Tuned over tiles for each (d, c, dtypes, precision).
+    Tuned over tiles for each (d, c, dtypes, precision, size of n).
 
     Args:
         link: the loss; its ``kind`` is one of `links`.
@@ -172,13 +172,17 @@ def joint_oracle(
     """
     (n, d), (weight, bias) = x.shape, at
     classes, new = len(weight), weight.new_empty
-    count = programs(x, ceil_div(n, MOST_ROWS))
+    count = programs(x, ceil_div(n, LEAST_ROWS))
     losses, slopes, loss = new(n), new(n), new(count)
-    total, total_b = new(count, 2, classes, d), new(count, 2, classes)
+    total, total_b = (
+        partial_sums(weight, n, count, 2, classes, d),
+        new(count, 2, classes),
+    )
     JOINT[(count,)](
-        x, weight, bias, v.weight, v.bias, target, share, omega, weight.new_ones(()),
+        x, weight, bias, v.weight, v.bias, target, share, omega,
         loss, losses, slopes, total, total_b, n, d, classes, SMOOTHING=link.smoothing,
         SHARE_ROWS=per_row(share), LINK=link.kind, DTYPE=DTYPES[weight.dtype],
         PRECISION=precision(weight.dtype, tf32), C=padded(classes, 16),
+        SIZE=size_class(n),
     )  # fmt: skip
     return summed(loss), losses, slopes, summed(total), summed(total_b)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,33 +31,43 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def tuned(configurations: Sequence[dict[str, int]], key: Sequence[str]) -> Any:
-    """Compile a kernel with the fastest of several configurations, timed once per key and dtypes.
+class Tuned:
+    """A kernel compiled with the fastest of several configurations, timed once per key and dtypes.
 
-    The choice is kept on disk. Another choice sums in another order; with
+    The choice is kept on disk. Another choice sums in another order; under
     ``torch.use_deterministic_algorithms(True)`` it is always the first, and so are the bits.
 
     Args:
+        function: the jitted kernel.
         configurations: meta-parameters, with ``num_warps`` and ``num_stages``.
-        key: arguments of the kernel a choice is made anew for.
+        key: arguments of the kernel that a choice is made anew for.
     """
-    if triton is None:
-        return lambda function: function
-    made = []
-    for given in configurations[: 1 if INTERPRETED else None]:
-        meta = {k: v for k, v in given.items() if not k.startswith("num_")}
-        options = {k: v for k, v in given.items() if k.startswith("num_")}
-        made.append(triton.Config(meta, **options))
 
-    def first(configs: list, *_: Any, **__: Any) -> list:
-        return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
+    def __init__(
+        self,
+        function: Any,
+        configurations: Sequence[dict[str, int]],
+        key: Sequence[str],
+    ):
+        self.function, self.configurations = function, configurations
+        self.tuner: Any = None
+        if triton is not None and not INTERPRETED and len(configurations) > 1:
+            made = []
+            for given in configurations:
+                meta = {k: v for k, v in given.items() if not k.startswith("num_")}
+                options = {k: v for k, v in given.items() if k.startswith("num_")}
+                made.append(triton.Config(meta, **options))
+            self.tuner = triton.autotune(made, list(key), cache_results=True)(function)
 
-    return triton.autotune(
-        made,
-        key=list(key),
-        cache_results=not INTERPRETED,
-        prune_configs_by={"early_config_prune": first} if len(made) > 1 else None,
-    )
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        if self.tuner is not None and not torch.are_deterministic_algorithms_enabled():
+            return self.tuner[grid]
+        return partial(self.function[grid], **self.configurations[0])
+
+
+def tuned(configurations: Sequence[dict[str, int]], key: Sequence[str]) -> Any:
+    """Decorates a jitted kernel, see `Tuned`."""
+    return lambda function: Tuned(function, configurations, key)
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -89,6 +100,14 @@ def programs(tensor: Tensor, most: int, per_processor: int = 1) -> int:
         return max(1, min(most, INTERPRETED_PROGRAMS))
     processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return max(1, min(most, per_processor * processors))
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes a program can have on the device."""
+    if tensor.device.type != "cuda":
+        return 2**20
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def ceil_div(a: int, b: int) -> int:

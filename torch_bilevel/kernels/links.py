@@ -53,8 +53,11 @@ def load_target(target, rows, index, real, n, LINK: tl.constexpr, AXIS: tl.const
 def scales(
     seed, share, omega, rows, mask, SEED_ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr
 ):
-    """S κ and s κ ω of some rows; one for all where ``_ROWS`` is 0."""
-    each = tl.load(seed + rows * SEED_ROWS, mask=mask, other=0)
+    """Of some rows s κ and s κ ω, one for all where ``_ROWS`` is 0; without s it is 1."""
+    if seed is not None:
+        each = tl.load(seed + rows * SEED_ROWS, mask=mask, other=0)
+    else:
+        each = tl.where(mask, 1.0, 0.0)
     if share is not None:
         each = each * tl.load(share + rows * SHARE_ROWS, mask=mask, other=0)
     scale = each

@@ -16,14 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .language import DTYPES, ceil_div, jit, padded, programs, tl, tuned
+from .language import (
+    DTYPES,
+    ceil_div,
+    jit,
+    padded,
+    programs,
+    shared_memory,
+    tl,
+    tuned,
+)
 from .links import along, load_target, over_rows, scales
 from .rows import per_row
 from .rows import reference as between
 from .sums import summed
 
-MOST_ROWS = 128  # in a tile; no program is without one
+LEAST_ROWS, MOST_ROWS = 64, 128  # in tiles where n is large
 RESIDENT = 1024  # most features for it in TF32
+ROOM = 200_000  # bytes of shared memory it takes
 PRECISE = 128  # and in float32 accuracy: more would leave the registers
 MOST_CLASSES = 16
 WORTH = 40e6  # bytes of x: what the second-level cache holds makes two reads as cheap as one
@@ -54,8 +64,23 @@ def reference(
 
 
 def worthwhile(x: Tensor, classes: int) -> bool:
-    """Whether one read of x beats two matrix products: x outgrows the cache, and c is small."""
-    return classes <= MOST_CLASSES and x.numel() * x.element_size() > WORTH
+    """Whether one read of x beats two matrix products, with few classes.
+
+    x outgrows the cache; or it is stored in 16 bits, and would be converted for matrix products.
+    """
+    size = x.element_size()
+    return classes <= MOST_CLASSES and (size < 4 or x.numel() * size > WORTH)
+
+
+def size_class(n: int) -> int:
+    """Tiles are chosen anew for few, many and very many rows."""
+    return 0 if n < 2**13 else 1 if n < 2**16 else 2
+
+
+def partial_sums(like: Tensor, n: int, count: int, *shape: int) -> Tensor:
+    """Where programs leave their sums; zeros where some programs may be left without a tile."""
+    new = like.new_zeros if n < MOST_ROWS * count else like.new_empty
+    return new(count, *shape)
 
 
 @jit
@@ -121,8 +146,8 @@ def _chunked_kernel(
     x, weight, bias, state, target, seed, share, omega, total, total_b, m, n, d,
     classes, SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr,
     SHARE_ROWS: tl.constexpr, LINK: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index = tl.arange(0, C)
@@ -158,8 +183,8 @@ def _resident_kernel(
     x, weight, bias, state, target, seed, share, omega, total, total_b, m, n, d,
     classes, SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr,
     SHARE_ROWS: tl.constexpr, LINK: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index, columns = tl.arange(0, C), tl.arange(0, COLUMNS)
@@ -185,7 +210,7 @@ def _resident_kernel(
     tl.store(total_b + program * classes + index, sum_b, mask=index < classes)
 
 
-KEY = ("d", "classes", "PRECISION")
+KEY = ("d", "classes", "PRECISION", "SIZE")
 CHUNKED = tuned(
     [
         {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
@@ -232,7 +257,7 @@ def hessian_product(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """H v and m from one read of x.
 
-    Tuned over tiles for each (d, c, dtypes, precision).
+    Tuned over tiles for each (d, c, dtypes, precision, size of n).
 
     Args:
         link: the loss; its ``kind`` is one of `links`.
@@ -253,10 +278,11 @@ def hessian_product(
     m = state.new_empty(n) if wants_slope else None
     if not (n and d):
         return torch.zeros_like(v.weight), state.new_zeros(classes), m
-    count = programs(x, ceil_div(n, MOST_ROWS))
-    total = state.new_empty(count, classes, d)
+    count = programs(x, ceil_div(n, LEAST_ROWS))
+    total = partial_sums(state, n, count, classes, d)
     total_b = state.new_empty(count, classes)
-    if d <= (RESIDENT if tf32 else PRECISE):
+    room = RESIDENT if shared_memory(x) >= ROOM else RESIDENT // 4
+    if d <= (room if tf32 else PRECISE):
         kernel = RESIDENT_KERNELS[padded(d, 16)]
     else:
         kernel = CHUNKED
@@ -265,6 +291,7 @@ def hessian_product(
         classes, SMOOTHING=link.smoothing, SEED_ROWS=per_row(seed),
         SHARE_ROWS=per_row(share), LINK=link.kind, DTYPE=DTYPES[state.dtype],
         PRECISION=precision(state.dtype, tf32), C=padded(classes, 16),
+        SIZE=size_class(n),
     )  # fmt: skip
     return summed(total), summed(total_b), m
 

@@ -116,7 +116,7 @@ def curved_rows(
 
 @jit
 def _joint_rows_kernel(
-    both, bias, bias_v, target, share, omega, one, loss, losses, slopes, left, n,
+    both, bias, bias_v, target, share, omega, loss, losses, slopes, left, n,
     classes, SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr, LINK: tl.constexpr,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def _joint_rows_kernel(
         z += tl.load(bias + index, mask=index < classes, other=0)[:, None]
         u += tl.load(bias_v + index, mask=index < classes, other=0)[:, None]
     t = load_target(target, rows, index, real, n, LINK, 0)
-    _, scale = scales(one, share, omega, rows, rows < n, 0, SHARE_ROWS)  # s = 1
+    _, scale = scales(None, share, omega, rows, rows < n, 0, SHARE_ROWS)
     found, r, state = value(z, t, index, real, classes, SMOOTHING, LINK, 0)
     u = tl.where(real, u, 0)
     slope, curved = along(state, t, u, index, classes, SMOOTHING, LINK, 0)
@@ -171,7 +171,7 @@ def joint_rows(
     count = ceil_div(n, block)
     loss, losses, slopes, left = new(count), new(n), new(n), torch.empty_like(both)
     _joint_rows_kernel[(count,)](
-        both, *biases, target, share, omega, both.new_ones(()), loss, losses, slopes,
+        both, *biases, target, share, omega, loss, losses, slopes,
         left, n, twice // 2, link.smoothing, per_row(share), link.kind, C, block,
     )  # fmt: skip
     return summed(loss), losses, slopes, left

@@ -36,6 +36,7 @@ from .fused import hessian_product, joint_oracle
 from .link import Link
 
 CHUNK = 2**20  # entries of x in a chunk: it is to be in the cache when it is read again
+DEVICE_CHUNK = 2**28  # where launches cost more than reading twice
 SMALL = 2**20  # n·d·c; below, an autograd function costs more than it saves
 KEEP = 2**24  # entries of z; the state of more is computed again
 
@@ -91,7 +92,8 @@ def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
 def _chunks(terms: Terms) -> Iterator[tuple[slice, Terms]]:
     """Rows, with what belongs to them; all at once where they are few."""
     n, d = terms.x.shape
-    rows = max(256, CHUNK // max(d, 1))
+    size = CHUNK if terms.x.device.type == "cpu" else DEVICE_CHUNK
+    rows = max(256, size // max(d, 1))
     dtype = terms.weight.dtype
     if n < 2 * rows:
         yield slice(None), _whole(terms)
