@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before they are imported
+if (
+    not torch.cuda.is_available()
+):  # kernels run in Triton's interpreter; before they are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(

@@ -106,3 +106,20 @@ def test_what_does_not_fit():
     ):
         with pytest.raises(KernelUnavailable, match=message):
             solve_linear_heads(*args, damping=1.0, num_steps=1, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_damping_and_steps_are_checked(kernel):
+    given = heads()
+    options = {"num_steps": 5, "kernel": kernel}
+    exact = solve_linear_heads(*given, damping=2.0, **options)
+    for damping in (2, torch.tensor(2.0).expand(3), torch.full((6,), 2.0)[::2]):
+        found = solve_linear_heads(*given, damping=damping, **options)
+        torch.testing.assert_close(found.value.weight, exact.value.weight)
+    for damping in (torch.ones(1), torch.ones(2), torch.ones(3, 1)):
+        with pytest.raises(InvalidLoss, match=r"damping has shape .*\(3,\)"):
+            solve_linear_heads(*given, damping=damping, **options)
+    with pytest.raises(ValueError, match="num_steps"):
+        solve_linear_heads(*given, damping=2.0, num_steps=-3, kernel=kernel)
+    none = [part[:0] for part in given]
+    assert len(solve_linear_heads(*none, damping=1.0, **options).residual) == 0

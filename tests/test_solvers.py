@@ -387,8 +387,7 @@ def test_inner_products_are_not_rounded_whichever_flag_lets_products_be(flag):
     """In a process of its own: PyTorch does not let both flags be used in one."""
     code = f"""
 import torch
-from torch_bilevel.kernels.language import tf32
-from torch_bilevel.solvers.cg import full_precision
+from torch_bilevel.kernels.language import full_precision, tf32
 matmul = torch.backends.cuda.matmul
 assert not tf32()
 matmul.{flag} = {{"allow_tf32": True, "fp32_precision": "tf32"}}["{flag}"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -15,9 +17,20 @@ class Program:
     Attributes:
         key: what the program is; equal keys mean the same launches for inputs of the same shapes.
         run: v, *inputs ↦ A v.
-        inputs: of this map.
+        inputs: of this map, all on one device: a graph reads memory, not numbers of the host.
+        graphs: what was captured of such programs; lives as long as the program is known.
+        launched: to be told how many products were.
     """
 
     key: Hashable
     run: Callable[..., Tensor]
     inputs: list[Tensor]
+    graphs: dict[Any, Any] = field(default_factory=dict)
+    launched: Callable[[int], None] = lambda count: None
+
+
+def number(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number on the device of a tensor, where a graph can read it; without waiting."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)

@@ -7,13 +7,14 @@ of the update, D its weight decay. Implicit differentiation needs (∂_y r)ᵀ v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._program import Program
+from .._program import Program, number
 from ..errors import BilevelError, InvalidHyperparameters, SolverLimit
 from ..inner import RULES, HyperAdjoint, StepRecord, stationarity
 from ..ops import foreseen
@@ -169,17 +170,23 @@ class System:
         known = self.linearization.program()
         if known is None:
             return None
-        sign, decay = self.sign is not None, self.decay
-        moving = isinstance(decay, Tensor)
-        more = [t for t in (self.sign, decay) if isinstance(t, Tensor)]
+        sign = self.sign is not None
+        decayed = isinstance(self.decay, Tensor) or self.decay != 0
+        example = self._problem.inner.layout.zeros()
+        more = [self.sign] if self.sign is not None else []
+        more += [number(self.decay, example)] if decayed else []
 
         def run(v: Tensor, *inputs: Tensor) -> Tensor:
             given, rest = inputs[: len(known.inputs)], inputs[len(known.inputs) :]
             Hv = known.run(rest[0] * v if sign else v, *given)
-            return _decayed(Hv, v, rest[-1] if moving else decay)
+            return torch.addcmul(Hv, rest[-1], v) if decayed else Hv
 
-        key = known.key, sign, None if moving else decay
-        return Program(key, run, [*known.inputs, *more])
+        return replace(
+            known,
+            key=(known.key, sign, decayed),
+            run=run,
+            inputs=[*known.inputs, *more],
+        )
 
     def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Point.factors`; D of the optimizer is part of the diagonal."""

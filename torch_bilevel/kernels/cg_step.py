@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import jit, tl
+from .language import full_precision, jit, launcher, tl
 from .reduce import (
     BLOCK,
     PARTS,
@@ -84,7 +84,8 @@ def reference(state: State, q: Tensor, step: int) -> State:
     target, unit, scale, curvature, tiny, *_ = numbers[here].unbind()
     active, negative, broken, steps, cold, *_ = flags[here].unbind()
     torch.div(q, unit, out=rows[3, :n])
-    rr, _, rq, _, pp, pq, _, _, qq = (rows[1:] @ rows[1:].mT).flatten()
+    with full_precision(rows.device):
+        rr, _, rq, _, pp, pq, _, _, qq = (rows[1:] @ rows[1:].mT).flatten()
     active = (active > 0) & (rr > target)
     along = pq / pp
     scale = torch.fmax(scale, (qq / pp).sqrt())
@@ -98,7 +99,8 @@ def reference(state: State, q: Tensor, step: int) -> State:
     beta = torch.where(active, ahead / rr, 0)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     moves = [one, zero, alpha, zero, zero, one, zero, -alpha, zero, one, beta, -alpha]
-    torch.mm(torch.stack(moves).view(3, 4), rows, out=other[:3])
+    with full_precision(rows.device):
+        torch.mm(torch.stack(moves).view(3, 4), rows, out=other[:3])
     going = active & (ahead + 0.8 * tiny * rr > target)
     numbers[then, :5] = torch.stack([target, unit, scale, curvature, tiny])
     flags[then, :6] = torch.stack(
@@ -200,6 +202,7 @@ def _move_kernel(
         tl.store(flags_out + 5, going.to(tl.int32))
 
 
+@launcher
 def cg_step(state: State, q: Tensor, step: int) -> State:
     """A step in two launches.
 

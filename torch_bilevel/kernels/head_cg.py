@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .language import DTYPES, jit, padded, tl
+from .language import DTYPES, jit, launcher, padded, tl
 from .links import curvature, over_rows
 from .one_pass import Direction, precision
 from .reduce import finite
@@ -284,6 +284,7 @@ def suits(n: int, classes: int) -> str | None:
     return None
 
 
+@launcher
 def head_cg(
     link: Any,
     x: Tensor,
@@ -319,4 +320,6 @@ def head_cg(
             COLUMNS=padded(d, 16) if direct else 32,
         )  # fmt: skip
     residual, steps, negative = info
-    return Heads(Direction(value, value_b), steps.long(), residual, negative > 0)
+    return Heads(
+        Direction(value, value_b), steps.nan_to_num().long(), residual, negative > 0
+    )

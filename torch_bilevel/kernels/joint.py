@@ -1,4 +1,4 @@
-"""The joint oracle of a loss of linear outputs: loss, gradient, H v and J v from one read of x.
+"""The joint oracle of a loss of linear outputs: loss, gradient, H v and J v from one visit to x.
 
     z = W x + b,  u = V x + v_b
     S = Σ κ ω ℓ,   ∇S = Σ κ ω r (x, 1)ᵀ,   H v = Σ κ ω (ℓ_zz u) (x, 1)ᵀ,
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .language import DTYPES, ceil_div, jit, padded, programs, tl, tuned
+from .language import DTYPES, ceil_div, jit, launcher, padded, programs, tl, tuned
 from .links import along as along_v
 from .links import load_target, over_rows, scales, value
 from .one_pass import (
@@ -23,9 +23,9 @@ from .one_pass import (
     LEAST_ROWS,
     Direction,
     add_product,
+    clear,
     load_tile,
     load_turned,
-    partial_sums,
     precision,
     size_class,
     with_bias,
@@ -87,7 +87,9 @@ def _joint_kernel(
     program = tl.program_id(0)
     index = tl.arange(0, C)
     total += program.to(tl.int64) * 2 * classes * d
-    total_v = total + classes.to(tl.int64) * d
+    total_v = total + classes * d
+    clear(total, index, program, n, d, classes, ROWS, COLUMNS)
+    clear(total_v, index, program, n, d, classes, ROWS, COLUMNS)
     sum_b, sum_v, sum_loss = (
         tl.zeros((C,), DTYPE), tl.zeros((C,), DTYPE), tl.zeros((ROWS,), DTYPE)
     )  # fmt: skip
@@ -143,6 +145,7 @@ JOINT = tuned(
 )(_joint_kernel)
 
 
+@launcher
 def joint_oracle(
     link: Any,
     x: Tensor,
@@ -153,7 +156,7 @@ def joint_oracle(
     omega: Tensor | None = None,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient, H v and J v in two launches and one read of x.
+    """Loss, gradient, H v and J v: one kernel, and three that add up what its programs found.
 
     Tuned over tiles for each (d, c, dtypes, precision, size of n).
 
@@ -175,7 +178,7 @@ def joint_oracle(
     count = programs(x, ceil_div(n, LEAST_ROWS))
     losses, slopes, loss = new(n), new(n), new(count)
     total, total_b = (
-        partial_sums(weight, n, count, 2, classes, d),
+        new(count, 2, classes, d),
         new(count, 2, classes),
     )
     JOINT[(count,)](

@@ -7,10 +7,12 @@ they run on the CPU, in Python, which is how the tests check them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ try:
 except ImportError:  # Windows, macOS, a CPU build of PyTorch
     triton = tl = None  # type: ignore[assignment]
 
+F = TypeVar("F", bound=Callable[..., Any])
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 DTYPES = {} if tl is None else {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED_PROGRAMS = 3  # enough for partial results to be summed
@@ -74,6 +77,10 @@ def unavailable(tensor: Tensor) -> str | None:
     """Why no kernel can run on a tensor, or None."""
     if triton is None:
         return "Triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"Triton {triton.__version__} is installed, and 3.6 is needed"
+    if torch._C._are_functorch_transforms_active():
+        return "a function transform (vmap, jvp, ...) is active"
     if INTERPRETED:
         return None
     if tensor.device.type != "cuda":
@@ -84,6 +91,32 @@ def unavailable(tensor: Tensor) -> str | None:
     ):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+def launcher(function: F) -> F:
+    """Launches go to the device and stream of the first tensor, not to the current device's."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        parts = (t for a in args for t in (a if isinstance(a, tuple) else (a,)))
+        first = next(part for part in parts if isinstance(part, Tensor))
+        with torch.cuda.device_of(first):
+            return function(*args, **options)
+
+    return call  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products of a solver's own, not in TF32, whatever the user allows their model."""
+    if device.type != "cuda" or not tf32():
+        yield
+        return
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
 def tf32() -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import jit, tl
+from .language import jit, launcher, tl
 from .reduce import (
     BLOCK,
     PARTS,
@@ -223,6 +223,7 @@ def _step_kernel(
         store_four(flags_out + 4, diverged, steps, going, going)
 
 
+@launcher
 def momentum_step(
     state: State, q: Tensor | None, step: int, ahead: bool, watch: bool
 ) -> State:

@@ -20,6 +20,7 @@ from .language import (
     DTYPES,
     ceil_div,
     jit,
+    launcher,
     padded,
     programs,
     shared_memory,
@@ -31,7 +32,7 @@ from .rows import per_row
 from .rows import reference as between
 from .sums import summed
 
-LEAST_ROWS, MOST_ROWS = 64, 128  # in tiles where n is large
+LEAST_ROWS = 64  # in tiles where n is large
 RESIDENT = 1024  # most features for it in TF32
 ROOM = 200_000  # bytes of shared memory it takes
 PRECISE = 128  # and in float32 accuracy: more would leave the registers
@@ -77,10 +78,18 @@ def size_class(n: int) -> int:
     return 0 if n < 2**13 else 1 if n < 2**16 else 2
 
 
-def partial_sums(like: Tensor, n: int, count: int, *shape: int) -> Tensor:
-    """Where programs leave their sums; zeros where some programs may be left without a tile."""
-    new = like.new_zeros if n < MOST_ROWS * count else like.new_empty
-    return new(count, *shape)
+@jit
+def clear(
+    total, index, program, n, d, classes, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Zero the sum of a program that no tile is left for."""
+    if program >= tl.cdiv(n, ROWS):
+        for first in range(0, d, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            inside = (index[:, None] < classes) & (columns[None, :] < d)
+            at = total + index[:, None].to(tl.int64) * d + columns[None, :]
+            nothing = (index[:, None] + columns[None, :]) * 0
+            tl.store(at, nothing.to(total.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -152,6 +161,7 @@ def _chunked_kernel(
     program = tl.program_id(0)
     index = tl.arange(0, C)
     total += program.to(tl.int64) * classes * d
+    clear(total, index, program, n, d, classes, ROWS, COLUMNS)
     sum_b = tl.zeros((C,), DTYPE)
     for tile in range(program, tl.cdiv(n, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
@@ -243,6 +253,7 @@ RESIDENT_KERNELS = {
 }
 
 
+@launcher
 def hessian_product(
     link: Any,
     x: Tensor,
@@ -255,7 +266,7 @@ def hessian_product(
     wants_slope: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """H v and m from one read of x.
+    """H v and m from one visit to x.
 
     Tuned over tiles for each (d, c, dtypes, precision, size of n).
 
@@ -279,7 +290,7 @@ def hessian_product(
     if not (n and d):
         return torch.zeros_like(v.weight), state.new_zeros(classes), m
     count = programs(x, ceil_div(n, LEAST_ROWS))
-    total = partial_sums(state, n, count, classes, d)
+    total = state.new_empty(count, classes, d)
     total_b = state.new_empty(count, classes)
     room = RESIDENT if shared_memory(x) >= ROOM else RESIDENT // 4
     if d <= (room if tf32 else PRECISE):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import jit, tl
+from .language import jit, launcher, tl
 from .reduce import (
     BLOCK,
     PARTS,
@@ -154,6 +154,7 @@ def _step_kernel(
         tl.store(flags_out + 4, going.to(tl.int32))
 
 
+@launcher
 def richardson_step(state: State, q: Tensor | None, step: int) -> State:
     """A step in one launch.
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import ceil_div, jit, padded, tl
+from .language import ceil_div, jit, launcher, padded, tl
 from .links import along, load_target, scales, value
 from .sums import summed
 
+MOST_CLASSES = 128  # in registers, without spills
 BLOCK = 2048  # entries of u in a program
 
 
@@ -72,6 +73,7 @@ def _rows_kernel(
         tl.store(m + rows, each * slope, mask=rows < n)
 
 
+@launcher
 def curved_rows(
     link: Any,
     state: Tensor,
@@ -124,7 +126,7 @@ def _joint_rows_kernel(
     index = tl.arange(0, C)
     real = (index[:, None] < classes) & (rows[None, :] < n)
     at = index[:, None].to(tl.int64) * n + rows[None, :]
-    second = at + classes.to(tl.int64) * n
+    second = (index[:, None].to(tl.int64) + classes) * n + rows[None, :]
     z = tl.load(both + at, mask=real, other=0)
     u = tl.load(both + second, mask=real, other=0)
     if bias is not None:
@@ -142,6 +144,7 @@ def _joint_rows_kernel(
     tl.store(loss + tl.program_id(0), tl.sum(scale * found, 0))
 
 
+@launcher
 def joint_rows(
     link: Any,
     both: Tensor,

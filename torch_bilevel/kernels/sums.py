@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .language import ceil_div, jit, tl
+from .language import ceil_div, jit, launcher, tl
 
 COLUMNS, ROWS = 128, 16
 
@@ -16,7 +16,7 @@ def _sums_kernel(parts, total, count, size, ROWS: tl.constexpr, COLUMNS: tl.cons
     for first in range(0, count, ROWS):
         rows = first + tl.arange(0, ROWS)
         inside = (rows[:, None] < count) & (columns[None, :] < size)
-        at = parts + rows[:, None] * size + columns[None, :]
+        at = parts + rows[:, None].to(tl.int64) * size + columns[None, :]
         found += tl.load(at, mask=inside, other=0)
     tl.store(total + columns, tl.sum(found, 0), mask=columns < size)
 
@@ -26,6 +26,7 @@ def reference(parts: Tensor) -> Tensor:
     return parts.sum(0)
 
 
+@launcher
 def summed(parts: Tensor) -> Tensor:
     """Σ_g parts_g in one launch; no autotuning.
 

@@ -33,12 +33,11 @@ from ..kernels.joint import Joint
 from ..kernels.joint import reference as joint_of_chunk
 from ..kernels.one_pass import Direction
 from .fused import hessian_product, joint_oracle
-from .link import Link
+from .link import KEEP, Link
 
 CHUNK = 2**20  # entries of x in a chunk: it is to be in the cache when it is read again
-DEVICE_CHUNK = 2**28  # where launches cost more than reading twice
+DEVICE_CHUNK = 2**28  # of x or z, where launches cost more than reading twice
 SMALL = 2**20  # n·d·c; below, an autograd function costs more than it saves
-KEEP = 2**24  # entries of z; the state of more is computed again
 
 Parts = tuple["Tensor | None", ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,8 +91,10 @@ def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
 def _chunks(terms: Terms) -> Iterator[tuple[slice, Terms]]:
     """Rows, with what belongs to them; all at once where they are few."""
     n, d = terms.x.shape
-    size = CHUNK if terms.x.device.type == "cpu" else DEVICE_CHUNK
-    rows = max(256, size // max(d, 1))
+    if terms.x.device.type == "cpu":
+        rows = max(256, CHUNK // max(d, 1))
+    else:
+        rows = max(256, DEVICE_CHUNK // max(d, len(terms.weight)))
     dtype = terms.weight.dtype
     if n < 2 * rows:
         yield slice(None), _whole(terms)

@@ -8,12 +8,13 @@
 
 A kernel that was asked for and cannot run is an error; what "auto" chose can be read in
 ``optimizer.explain()``. Kernels compute the product with H in W and b, with its derivative J in ω,
-and the joint oracle; other derivatives (in x, in real targets) are PyTorch's whatever was chosen.
+and the joint oracle, of losses that are summed. Other derivatives (where x or real targets require
+a gradient, of a loss times something differentiated) are PyTorch's, whatever was chosen.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..errors import KernelUnavailable
 from ..kernels import joint, one_pass, rows
 from ..kernels.language import tf32, unavailable
 from ..kernels.one_pass import Direction, worthwhile
-from .link import Link
+from .link import KEEP, Link
 
 KERNELS = ("auto", "torch", "rows", "one_pass")
 CLASSES = 64  # most in a program that reads x once
@@ -51,19 +52,31 @@ def resolve(name: str, kernel: str, kind: int | None, x: Tensor, weight: Tensor)
     why = _obstacle(kind, x, weight)
     if kernel == "auto":
         found = "one_pass" if worthwhile(x, len(weight)) else "rows"
+        why = why or _too_many(found, weight)
         found = found if why is None else "torch"
         size = (
             f"x of {x.numel() * x.element_size() / 1e6:.3g} MB, {len(weight)} classes"
         )
         choices[name] = f"{name} by {found!r} ({why or size})"
         return found
-    if why is None and kernel == "one_pass" and len(weight) > CLASSES:
-        why = f"there are {len(weight)} classes, and a program holds {CLASSES}"
+    why = why or _too_many(kernel, weight)
     if why is not None:
         raise KernelUnavailable(
             f"{name}(kernel={kernel!r}) cannot run here: {why}. kernel='auto' takes what can."
         )
     return kernel
+
+
+def _too_many(kernel: str, weight: Tensor) -> str | None:
+    most = CLASSES if kernel == "one_pass" else rows.MOST_CLASSES
+    if len(weight) <= most:
+        return None
+    return f"there are {len(weight)} classes, and a program holds {most}"
+
+
+def _dense(*parts: Tensor | None) -> list[Any]:
+    """Kernels know one stride: contiguous."""
+    return [None if part is None else part.contiguous() for part in parts]
 
 
 def _obstacle(kind: int | None, x: Tensor, weight: Tensor) -> str | None:
@@ -73,8 +86,8 @@ def _obstacle(kind: int | None, x: Tensor, weight: Tensor) -> str | None:
         return why
     if kind is None:
         return "targets are class probabilities, and kernels know class indices"
-    if torch._C._are_functorch_transforms_active():
-        return "a function transform (vmap, jvp, ...) is active"
+    if len(x) * len(weight) > KEEP:
+        return f"of {len(x)} × {len(weight)} outputs the state is not kept"
     if not x.is_contiguous():
         return (
             f"x has strides {x.stride()}, and kernels read rows that lie side by side"
@@ -103,8 +116,8 @@ def hessian_product(
     See `curved_rows` and `hessian_product` of ``kernels``; slopes are empty where not asked for.
     """
     return _hessian_product(
-        x, weight.contiguous(), bias, state.contiguous(), target.contiguous(), seed, share,
-        omega, _kind(link), link.smoothing, link.kernel == "one_pass", slopes, tf32(),
+        x, weight, bias, state, target, seed, share, omega, _kind(link),
+        link.smoothing, link.kernel == "one_pass", slopes, tf32(),
     )  # fmt: skip
 
 
@@ -119,8 +132,8 @@ def joint_oracle(
 ) -> joint.Joint:
     """The joint oracle by the kernel of the link."""
     found = _joint_oracle(
-        x, at.weight.contiguous(), at.bias, v.weight.contiguous(), v.bias,
-        target.contiguous(), share, omega, _kind(link), link.smoothing,
+        x, at.weight, at.bias, v.weight, v.bias, target, share, omega, _kind(link),
+        link.smoothing,
         link.kernel == "one_pass", tf32(),
     )  # fmt: skip
     loss, losses, slopes, both, both_b = found
@@ -147,6 +160,9 @@ def _hessian_product(
     smoothing: float, once: bool, slopes: bool, tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     link = _Known(kind, smoothing)
+    x, weight, bias, state, target, seed, share, omega = _dense(
+        x, weight, bias, state, target, seed, share, omega
+    )
     if once:
         v = Direction(weight, bias)
         W, b, m = one_pass.hessian_product(
@@ -189,6 +205,9 @@ def _joint_oracle(
     kind: int, smoothing: float, once: bool, tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     link, classes = _Known(kind, smoothing), len(weight)
+    x, weight, bias, weight_v, bias_v, target, share, omega = _dense(
+        x, weight, bias, weight_v, bias_v, target, share, omega
+    )
     if once:
         at, v = Direction(weight, bias), Direction(weight_v, bias_v)
         return joint.joint_oracle(link, x, at, v, target, share, omega, tf32)

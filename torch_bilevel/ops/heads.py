@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..errors import InvalidLoss, KernelUnavailable
 from ..kernels import head_cg
 from ..kernels.head_cg import Heads
@@ -77,6 +78,7 @@ def solve_linear_heads(
         <BLANKLINE>
                 [[1.]]])
     """
+    _checks.positive_int("solve_linear_heads", "num_steps", num_steps)
     _check(x, weight, bias, b_weight, b_bias, loss, example_weights)
     link, (tasks, n, _), c = LOSSES[loss], x.shape, weight.shape[1]
     with torch.no_grad():
@@ -86,7 +88,16 @@ def solve_linear_heads(
         scale = x.new_full((tasks, n), 1 / max(count, 1))
         scale = scale if example_weights is None else scale * example_weights
         pull = torch.as_tensor(damping, dtype=x.dtype, device=x.device)
+        if pull.shape not in ((), (tasks,)):
+            raise InvalidLoss(
+                f"solve_linear_heads: damping has shape {tuple(pull.shape)}; it must be a number, "
+                f"or ({tasks},) for these {tasks} tasks."
+            )
+        pull = pull.contiguous()
         b = Direction(b_weight, None if bias is None else b_bias)
+        if not tasks:
+            none = x.new_zeros(0)
+            return Heads(b, none.long(), none, none > 0)
         solve = head_cg.reference
         if _by_kernel(kernel, x, c):
             x, state, scale = x.contiguous(), state.contiguous(), scale.contiguous()
@@ -103,8 +114,6 @@ def _by_kernel(kernel: str, x: Tensor, classes: int) -> bool:
     if kernel == "torch" or (kernel == "auto" and x.device.type != "cuda"):
         return False
     why = unavailable(x) or head_cg.suits(x.shape[1], classes)
-    if why is None and torch._C._are_functorch_transforms_active():
-        why = "a function transform (vmap, jvp, ...) is active"
     if kernel == "auto":
         taken = "'torch'" if why else "'one_program'"
         size = f"{len(x)} tasks of {x.shape[1]} × {x.shape[2]}, {classes} classes"

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+KEEP = 2**24  # entries of z; the state of more is computed again
+
 
 @dataclass(frozen=True)
 class Link(abc.ABC):

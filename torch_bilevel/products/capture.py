@@ -90,7 +90,10 @@ class CapturedProduct:
         try:
             self.graph = capture(launch, v.device)
         except RuntimeError as error:
-            raise failed("the product", error) from error
+            raise CaptureFailed(
+                f"The product could not be captured as a CUDA graph: {error} Write "
+                "products='traced(cuda_graph=False)'."
+            ) from error
 
     def __call__(
         self, v: Tensor, point: Any, values: Sequence[Tensor]

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._program import Program
+from .._program import Program, number
 from ..errors import CaptureFailed, RecordingWarning, UnknownName
+from ..kernels.language import tf32
 from ..ops import always_fused, foreseen
 from ..problem import (
     BilevelProblem,
@@ -40,11 +41,6 @@ from ..problem import (
 from .base import Products, Substitute, disagreement, refuse_maps
 from .capture import CapturedProduct, failed, supported, uncompiled_functions
 from .trace import product, record, split
-
-ROUNDING = {
-    torch.float64: 1e-9
-}  # agreement asked for, relative; 1e-4 in other precisions
-
 
 PROGRAMS = 16  # kept; each holds a few graphs
 
@@ -193,6 +189,7 @@ def _key(problem: BilevelProblem, call: Call, given: Given) -> tuple:
         reachable_numbers(call.function, problem.modules.members.values()),
         str(call.autocast),
         frozenset(call.frozen),
+        tf32(),
     )
 
 
@@ -236,6 +233,7 @@ class Recording:
         self.module = module
         self._products: dict[tuple[bool, bool], Callable[..., Any]] = {}
         self._captured: dict[tuple[bool, bool], CapturedProduct] = {}
+        self.graphs: dict[Any, Any] = {}  # of whole solves
         self.nbytes = 0
 
     def _program(self, call: Call, given: Given) -> Callable[..., Any]:
@@ -286,6 +284,8 @@ class Recording:
         ) and bool(torch.isfinite(loss)):
             return None
         own = {_address(t) for t in problem.inner.tensors + problem.outer.tensors}
+        # numbers on the host would be part of a captured graph
+        kept = [t.to(v.device) if t.dim() == 0 else t for t in kept]
         kept = [t.clone() if _address(t) in own else t for t in kept]
         self.nbytes = sum(t.numel() * t.element_size() for t in kept)
         return Values(gradient, kept)
@@ -377,21 +377,22 @@ class TracedPoint(Substitute):
             return None
         runs = [recording.product(True, False) for recording, _, _ in self.parts]
         counts = [len(values.kept) for _, values, _ in self.parts]
-        weights = [weight for _, _, weight in self.parts]
-        moving = [isinstance(weight, Tensor) for weight in weights]
-        fixed = tuple(None if m else w for w, m in zip(weights, moving, strict=True))
+        plain = tuple(isinstance(w, float) and w == 1 for _, _, w in self.parts)
 
         def run(v: Tensor, *inputs: Tensor) -> Tensor:
             rest = iter(inputs)
             terms = []
-            for apply, count, weight in zip(runs, counts, fixed, strict=True):
+            for apply, count, is_one in zip(runs, counts, plain, strict=True):
                 (Hv,) = apply(v, *itertools.islice(rest, count))
-                factor = next(rest) if weight is None else weight
-                terms.append(Hv if weight == 1 else Hv * factor)
+                terms.append(Hv if is_one else Hv * next(rest))
             return functools.reduce(torch.add, terms)
 
         inputs = []
-        for (_, values, weight), m in zip(self.parts, moving, strict=True):
-            inputs += [*values.kept, *([weight] if m else [])]
+        for (_, values, weight), is_one in zip(self.parts, plain, strict=True):
+            inputs += [*values.kept, *([] if is_one else [number(weight, example)])]
         recordings = tuple(recording for recording, _, _ in self.parts)
-        return Program((recordings, fixed), run, inputs)
+        graphs = recordings[0].graphs
+        return Program((recordings, plain), run, inputs, graphs, self._launched)
+
+    def _launched(self, count: int) -> None:
+        self.problem.num_products += count

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -112,13 +112,11 @@ class Memory:
         eigenvalue: λ̂_max of A.
         eigenvector: the vector that gave it; with both ends estimated, the sum of both.
         smallest: the smallest λ̂ of A, where both ends were estimated.
-        captured: CUDA graphs of iterations, by what they are of; see `device`.
     """
 
     eigenvalue: Tensor | None = None
     eigenvector: Tensor | None = None
     smallest: Tensor | None = None
-    captured: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 class Solver(abc.ABC):

@@ -8,9 +8,7 @@ falls by (√κ − 1)/(√κ + 1) a step.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +18,6 @@ from torch import Tensor
 from .. import _checks
 from ..kernels import cg_step
 from ..kernels.cg_step import unit_of
-from ..kernels.language import tf32
 from .base import (
     Memory,
     Operator,
@@ -80,11 +77,8 @@ class CG(Solver):
         size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
         r, b = r / size, b / size
         target, cold = self.rtol**2 * torch.dot(b, b), ~x.any()
-        with full_precision(b.device):
-            if on_host(b):
-                moved, r, flags = self._on_host(operator, r, target, cold)
-            else:
-                moved, r, flags = self._on_device(operator, r, target, cold, memory)
+        run = self._on_host if on_host(b) else self._on_device
+        moved, r, flags = run(operator, r, target, cold)
         broken, unit = flags.pop("broken"), flags.pop("unit")
         x = torch.where(broken, torch.nan, x + moved * (size / unit))
         converged = torch.dot(r, r) <= target
@@ -151,14 +145,12 @@ class CG(Solver):
         r: Tensor,
         target: Tensor,
         cold: Tensor,
-        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The same with flags on the device; see `advance` for when the host looks at them."""
         state, kernels = cg_step.started(r, target, cold), by_kernels(r)
         step = cg_step.cg_step if kernels else cg_step.reference
-        memory = memory if kernels else None  # graphs need steps that move their state
         early, steps = self.rtol > 0, self.max_steps
-        state, taken = advance(operator, state, step, steps, early, memory)
+        state, taken = advance(operator, state, step, steps, early)
         numbers, flags = state.numbers[taken % 2], state.flags[taken % 2]
         moved, r = state.rows[:2, : state.size]
         unit = numbers[cg_step.UNIT]
@@ -178,16 +170,3 @@ class CG(Solver):
 def _inner_products(rows: Tensor) -> Tensor:
     """Those of r, p and A p with each other, (3, 3), from one operation."""
     return rows[1:] @ rows[1:].mT
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Inner products by matrix products, not in TF32, whatever the user allows their model."""
-    if device.type != "cuda" or not tf32():
-        yield
-        return
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"

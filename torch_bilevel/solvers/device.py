@@ -18,10 +18,10 @@ from torch import Tensor
 from .._program import Program
 from ..errors import CaptureFailed
 from ..kernels.language import unavailable
-from .base import Memory, Operator
+from .base import Operator
 
 BLOCK = 4  # steps between looks at the flag; even, because states alternate between two halves
-KEPT = 8  # captured iterations
+KEPT = 8  # captured iterations of a program
 S = TypeVar("S", bound=Any)
 Step = Callable[[S, Tensor, int], S]
 
@@ -54,7 +54,7 @@ class Watch:
         copy = torch.empty((), dtype=going.dtype, pin_memory=True)
         copy.copy_(going, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(going.device))
         self.last = copy, event
         if before is None:
             return False
@@ -68,7 +68,6 @@ def advance(
     step: Step[S],
     num_steps: int,
     early: bool,
-    memory: Memory | None = None,
     key: Hashable = None,
 ) -> tuple[S, int]:
     """Take steps until the iteration stops or ``num_steps`` are taken.
@@ -79,18 +78,16 @@ def advance(
         step: of (state, A direction, number) makes the next state.
         num_steps: at most so many.
         early: look at the flag; otherwise all steps are taken.
-        memory: keeps captured graphs, of steps that move their state, from one system to the next.
         key: what, besides the operator, the step's meaning depends on.
 
     Returns:
         The state after the last step, and how many were taken.
     """
-    program = None
-    if operator.program is not None and memory is not None:
-        program = operator.program()
-    if program is not None and memory is not None:
+    kernels = by_kernels(state.direction)  # which move their state, as graphs need it
+    program = operator.program() if kernels and operator.program else None
+    if program is not None and num_steps:
         whole = type(state), key, num_steps, early
-        return _replayed(operator, program, state, step, whole, memory)
+        return _replayed(operator, program, state, step, whole)
     watch = Watch()
     for k in range(num_steps):
         if early and watch.stopped(state.going(k)):
@@ -122,16 +119,15 @@ def _replayed(
     state: S,
     step: Step[S],
     how: tuple[Any, Hashable, int, bool],
-    memory: Memory,
 ) -> tuple[S, int]:
     v, (*_, num_steps, early) = state.direction, how
     whole = program.key, how, v.dtype, len(v)
-    found = memory.captured.pop(whole, None)
+    found = program.graphs.pop(whole, None)
     if found is None:
         found = _captured(program, state, step, num_steps, early)
-    memory.captured[whole] = found
-    if len(memory.captured) > KEPT:
-        del memory.captured[next(iter(memory.captured))]
+    program.graphs[whole] = found
+    if len(program.graphs) > KEPT:
+        del program.graphs[next(iter(program.graphs))]
     copy_all(found.inputs, program.inputs)
     _copy(found.state, state)
     watch, taken = Watch(), 0
@@ -141,6 +137,7 @@ def _replayed(
         graph.replay()
         taken += size
         operator.num_products += size
+        program.launched(size)
     # the next system overwrites these buffers
     return _copied(found.state), taken
 
@@ -210,6 +207,7 @@ def capture(run: Callable[[], None], device: torch.device) -> Any:
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads (a loader that pins memory) may go on
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run()
     return graph

@@ -84,16 +84,7 @@ class HeavyBall(Solver):
             momentum = ((L.sqrt() - mu.sqrt()) / (L.sqrt() + mu.sqrt())) ** 2
             rule = (2 / (L + mu), step, momentum)
             return descend(
-                operator,
-                b,
-                x0,
-                rule,
-                L,
-                watch,
-                self.max_steps,
-                self.rtol,
-                False,
-                memory,
+                operator, b, x0, rule, L, watch, self.max_steps, self.rtol, False
             )
 
         weakest = resolved(self.max_steps, self.rtol)

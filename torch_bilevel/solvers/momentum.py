@@ -129,7 +129,6 @@ def descend(
     max_steps: int,
     rtol: float,
     ahead: bool,
-    memory: Memory | None = None,
 ) -> Solution:
     """``max_steps`` steps with momentum.
 
@@ -144,7 +143,6 @@ def descend(
         max_steps: cap on the number of steps.
         rtol: relative tolerance; 0 runs all steps.
         ahead: take the residual at the extrapolated point (Nesterov).
-        memory: keeps captured graphs.
 
     Returns:
         The last iterate; that of smallest residual, at least one step from zero, if the
@@ -165,7 +163,6 @@ def descend(
             max_steps,
             rtol,
             ahead,
-            memory,
         )
     p = q = torch.zeros_like(b)
     rr = rr_start = torch.dot(r, r)
@@ -226,15 +223,12 @@ def _on_device(
     max_steps: int,
     rtol: float,
     ahead: bool,
-    memory: Memory | None,
 ) -> Solution:
     """`descend` by kernels, with flags on the device."""
     target = rtol**2 * torch.dot(b, b)
     state = momentum_step.started(x, r, coefficients, upper, target, ~x.any())
     step = partial(momentum_step.momentum_step, ahead=ahead, watch=watch)
-    state, taken = advance(
-        operator, state, step, max_steps, rtol > 0, memory, (ahead, watch)
-    )
+    state, taken = advance(operator, state, step, max_steps, rtol > 0, (ahead, watch))
     state = step(state, None, taken)
     here = (taken + 1) % 2
     numbers, flags = state.numbers[here], state.flags[here] > 0

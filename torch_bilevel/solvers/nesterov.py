@@ -79,7 +79,7 @@ class Nesterov(Solver):
             momentum = (L.sqrt() - mu.sqrt()) / (L.sqrt() + mu.sqrt())
             rule = (1 / L, 1 / L, momentum)
             return descend(
-                operator, b, x0, rule, L, watch, self.max_steps, self.rtol, True, memory
+                operator, b, x0, rule, L, watch, self.max_steps, self.rtol, True
             )
 
         weakest = resolved(self.max_steps, self.rtol)

@@ -65,6 +65,6 @@ class Neumann(Solver):
 
         def run(eta: Tensor) -> Solution:
             steps = self.num_steps
-            return iterate(operator, b, zero, b, eta, steps, 0.0, False, memory)
+            return iterate(operator, b, zero, b, eta, steps, 0.0, False)
 
         return with_step_size(run, operator, b, self.step_size, memory)

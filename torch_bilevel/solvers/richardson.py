@@ -78,7 +78,7 @@ class Richardson(Solver):
 
         def run(eta: Tensor) -> Solution:
             steps, rtol = self.max_steps, self.rtol
-            return iterate(operator, b, x, r, eta, steps, rtol, memory=memory)
+            return iterate(operator, b, x, r, eta, steps, rtol)
 
         return with_step_size(run, operator, b, self.step_size, memory)
 
@@ -92,7 +92,6 @@ def iterate(
     num_steps: int,
     rtol: float,
     last_product: bool = True,
-    memory: Memory | None = None,
 ) -> Solution:
     """``num_steps`` Richardson steps from (x, r = b − A x).
 
@@ -106,13 +105,12 @@ def iterate(
         rtol: relative tolerance; 0 runs all steps.
         last_product: spend a product on the residual of the last iterate; without it the
             residual reported is that of the iterate before.
-        memory: keeps captured graphs.
 
     Returns:
         The last iterate, or the one of smallest residual if the iteration diverged.
     """
     if by_kernels(b):
-        return _on_device(operator, b, x, r, eta, num_steps, rtol, last_product, memory)
+        return _on_device(operator, b, x, r, eta, num_steps, rtol, last_product)
     target = rtol**2 * torch.dot(b, b)
     best, best_rr = x, torch.dot(r, r)
     rr = best_rr
@@ -155,14 +153,13 @@ def _on_device(
     num_steps: int,
     rtol: float,
     last_product: bool,
-    memory: Memory | None,
 ) -> Solution:
     """`iterate` by kernels, with flags on the device."""
     bb = torch.dot(b, b)
     state = richardson_step.started(x, r, eta, rtol**2 * bb, ~x.any())
     products = num_steps if last_product else num_steps - 1
     state, taken = advance(
-        operator, state, richardson_step.richardson_step, products, rtol > 0, memory
+        operator, state, richardson_step.richardson_step, products, rtol > 0
     )
     state = richardson_step.richardson_step(state, None, taken)
     here = (taken + 1) % 2
