@@ -438,6 +438,25 @@ def test_a_foreseen_direction_changes_nothing_but_the_cost(case, weighted, bias)
     agree(ours, run(plain(name)), 1e-12)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreseen_direction_over_chunks(case, monkeypatch):
+    name, kind, options = CASES[case]
+    x, W, b, t, w = arguments(kind, n=600)
+    W.requires_grad_(), b.requires_grad_(), w.requires_grad_()
+    v = [torch.randn_like(W), torch.randn_like(b)]
+
+    def run():
+        with ops.foreseen([W, b], v):
+            value = getattr(ops, name)(x, W, b, t, example_weights=w, **options)
+        first = torch.autograd.grad(value, [W, b, w], create_graph=True)
+        return [value, *first, *torch.autograd.grad(first[:2], [W, b, w], v)]
+
+    whole = run()
+    monkeypatch.setattr(formulas, "KEEP", 0)
+    monkeypatch.setattr(formulas, "CHUNK", 1)  # 256 rows
+    agree(run(), whole, 1e-12)
+
+
 def test_what_a_foreseen_direction_saves():
     shapes = []
 
