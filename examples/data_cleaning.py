@@ -10,8 +10,7 @@ set. Examples with wrong labels end up with weights near zero.
     python examples/data_cleaning.py --data DIR              # MNIST idx files in DIR
     python examples/data_cleaning.py --estimator "unrolled"  # any name with options
     python examples/data_cleaning.py --ops --products traced # faster second-order products
-    python examples/data_cleaning.py --data DIR --train 55000 --device cuda --ops --products traced
-                                                             # all of MNIST on a GPU
+    python examples/data_cleaning.py --data DIR --train 55000 --device cuda  # all of MNIST
 """
 
 import argparse
