@@ -23,6 +23,7 @@ from torch_bilevel.products import traced
 from torch_bilevel.solvers import Operator, cg, device, momentum, richardson
 
 NO_KERNELS = unavailable(torch.zeros(1))
+CAPTURE = device.capture
 pytestmark = pytest.mark.skipif(NO_KERNELS is not None, reason=str(NO_KERNELS))
 
 
@@ -81,7 +82,7 @@ def captures(monkeypatch):
     """As on a CUDA device; returns the list of what was captured."""
     made = []
 
-    def capture(run, where):
+    def capture(run, where, what):
         made.append(Tape(run))
         return made[-1]
 
@@ -261,10 +262,11 @@ def test_a_solve_of_a_fixed_number_of_steps_waits_for_nothing(captures):
 
 
 def test_what_cannot_be_captured_is_an_error_with_the_way_round(captures, monkeypatch):
-    def refuse(run, where):
+    def refuse(where):
         raise RuntimeError("operation not permitted when stream is capturing.")
 
-    monkeypatch.setattr(device, "capture", refuse)
+    monkeypatch.setattr(device, "capture", CAPTURE)
+    monkeypatch.setattr(torch.cuda, "device", refuse)
     rounds, _ = problem("cg(max_steps=3, rtol=0., warm_start=False)", "traced")
     with pytest.raises(tb.CaptureFailed, match=r"not permitted.*cuda_graph=False"):
         list(rounds(1))

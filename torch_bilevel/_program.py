@@ -29,8 +29,8 @@ class Program:
     launched: Callable[[int], None] = lambda count: None
 
 
-def number(value: Tensor | float, like: Tensor) -> Tensor:
-    """A number on the device of a tensor, where a graph can read it; without waiting."""
+def number(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number on a device, where a graph can read it; without waiting."""
     if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype)
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)

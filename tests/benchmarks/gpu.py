@@ -192,7 +192,7 @@ def replayed(run):
     run, found = torch.no_grad()(run), []
     if DRY:
         return run
-    graph = capture(lambda: found.append(run()), DEVICE)
+    graph = capture(lambda: found.append(run()), DEVICE, "run")
 
     def replay():
         graph.replay()

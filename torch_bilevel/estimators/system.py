@@ -150,11 +150,11 @@ class System:
 
     def product(self, v: Tensor) -> Tensor:
         """(∂_y r)ᵀ v = H (s ∘ v) + D ∘ v; symmetric when s is one sign throughout."""
-        return _decayed(self.linearization.hvp(self.signed(v)), v, self.decay)
+        return self._decayed(self.linearization.hvp(self.signed(v)), v)
 
     def transpose(self, u: Tensor) -> Tensor:
         """∂_y r u = s ∘ (Hᵀ u) + D ∘ u."""
-        return _decayed(self.signed(self.linearization.transpose(u)), u, self.decay)
+        return self._decayed(self.signed(self.linearization.transpose(u)), u)
 
     def joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """`product` and `cross` from one pass; the loss's too, where it is still to come."""
@@ -163,7 +163,12 @@ class System:
         with foreseen(inner.tensors, inner.layout.split(v_)):
             # the product too: activation checkpoints are evaluated again in it
             Hv, Jv = self.linearization.joint(v_)
-        return _decayed(Hv, v, self.decay), Jv
+        return self._decayed(Hv, v), Jv
+
+    def _decayed(self, Hv: Tensor, v: Tensor) -> Tensor:
+        if isinstance(self.decay, Tensor):
+            return torch.addcmul(Hv, self.decay, v)
+        return torch.add(Hv, v, alpha=self.decay) if self.decay else Hv
 
     def program(self) -> Program | None:
         """`product` as a fixed program, where the engine has one of H."""
@@ -172,9 +177,9 @@ class System:
             return None
         sign = self.sign is not None
         decayed = isinstance(self.decay, Tensor) or self.decay != 0
-        example = self._problem.inner.layout.zeros()
+        layout = self._problem.inner.layout
         more = [self.sign] if self.sign is not None else []
-        more += [number(self.decay, example)] if decayed else []
+        more += [number(self.decay, layout.dtype, layout.device)] if decayed else []
 
         def run(v: Tensor, *inputs: Tensor) -> Tensor:
             given, rest = inputs[: len(known.inputs)], inputs[len(known.inputs) :]
@@ -200,12 +205,6 @@ class System:
     def cross(self, v: Tensor) -> Tensor:
         """J (s ∘ v)."""
         return self.linearization.cross(self.signed(v))
-
-
-def _decayed(Hv: Tensor, v: Tensor, decay: Tensor | float) -> Tensor:
-    if isinstance(decay, Tensor):
-        return torch.addcmul(Hv, decay, v)
-    return torch.add(Hv, v, alpha=decay) if decay else Hv
 
 
 def _spread(problem: BilevelProblem, values: Sequence[Any]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import full_precision, jit, launcher, tl
+from .language import ceil_div, full_precision, jit, launcher, tl
 from .reduce import (
     BLOCK,
     PARTS,
@@ -38,9 +38,7 @@ class State(NamedTuple):
     size: int  # n
     rows: Tensor  # x − x₀, r, p and A p; (4, more than n), each row aligned
     other: Tensor | None  # where `reference` puts the next rows
-    numbers: (
-        Tensor  # (2, 8): target of rᵀr, unit of A, largest stretch, curvature, 10 ε
-    )
+    numbers: Tensor  # (2, 8): target of rᵀr, unit of A, stretch, curvature, 10 ε
     flags: Tensor  # (2, 8), int32; both doubled: read in one half, written in the other
     parts: Tensor  # (5, PARTS)
 
@@ -63,7 +61,7 @@ def started(r: Tensor, target: Tensor, cold: Tensor) -> State:
         cold: whether the start is zero.
     """
     n = r.numel()
-    width = -(-n // 16) * 16
+    width = 16 * ceil_div(n, 16)
     rows = r.new_zeros(4, width)
     rows[1:3, :n] = r
     numbers, flags = r.new_zeros(2, 8), r.new_zeros(2, 8, dtype=torch.int32)

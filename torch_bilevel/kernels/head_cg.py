@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .language import DTYPES, jit, launcher, padded, tl
-from .links import curvature, over_rows
-from .one_pass import Direction, precision
+from .links import curvature, over_rows, places
+from .one_pass import Direction, load_tile, load_turned, precision
 from .reduce import finite
 
 MOST_ROWS = 64  # of a task: K is in registers
@@ -99,22 +99,15 @@ def _no_target(link: Any, state: Tensor) -> Tensor:
 
 
 @jit
-def _load_rows(source, index, samples, n, classes):
-    """(n, c) of one task, from class-major memory."""
-    inside = (samples[:, None] < n) & (index[None, :] < classes)
-    return tl.load(source + index[None, :] * n + samples[:, None], mask=inside, other=0)
-
-
-@jit
-def _load_columns(x, samples, columns, n, d):
-    inside = (samples[:, None] < n) & (columns[None, :] < d)
-    return tl.load(x + samples[:, None] * d + columns[None, :], mask=inside, other=0)
-
-
-@jit
-def _load_turned(b, index, columns, classes, d):
-    inside = (columns[:, None] < d) & (index[None, :] < classes)
-    return tl.load(b + index[None, :] * d + columns[:, None], mask=inside, other=0)
+def _of_task(
+    state, scale, damping, task, index, samples, n, classes, DAMPING_EACH: tl.constexpr
+):
+    """The state, (n, c), a and λ of one task."""
+    real, at = places(samples, index, n, classes, 1)
+    first = task.to(tl.int64) * n
+    p = tl.load(state + first * classes + at, mask=real, other=0)
+    a = tl.load(scale + first + samples, mask=samples < n, other=0)
+    return p, a, tl.load(damping + task * DAMPING_EACH)
 
 
 @jit
@@ -154,15 +147,15 @@ def _samples_kernel(
     index, samples = tl.arange(0, C), tl.arange(0, N)
     x, b = x + task.to(tl.int64) * n * d, b + task.to(tl.int64) * classes * d
     value += task.to(tl.int64) * classes * d
-    p_of = _load_rows(state + task * classes * n, index, samples, n, classes)
-    a = tl.load(scale + task * n + samples, mask=samples < n, other=0)
-    pull = tl.load(damping + task * DAMPING_EACH)
+    p_of, a, pull = _of_task(
+        state, scale, damping, task, index, samples, n, classes, DAMPING_EACH
+    )
     K, B = tl.zeros((N, N), DTYPE), tl.zeros((N, C), DTYPE)
     squares = tl.zeros((COLUMNS, C), DTYPE)
     for first in range(0, d, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        here = _load_columns(x, samples, columns, n, d)
-        right = _load_turned(b, index, columns, classes, d)
+        here = load_tile(x, samples, columns, n, d, DTYPE)
+        right = load_turned(b, index, columns, classes, d, DTYPE)
         K = tl.dot(here, tl.trans(here), K, input_precision=PRECISION, out_dtype=DTYPE)
         B = tl.dot(here, right, B, input_precision=PRECISION, out_dtype=DTYPE)
         squares += right * right
@@ -203,7 +196,7 @@ def _samples_kernel(
     turned = tl.trans(in_x)
     for first in range(0, d, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        here = _load_columns(x, samples, columns, n, d)
+        here = load_tile(x, samples, columns, n, d, DTYPE)
         inside = (index[:, None] < classes) & (columns[None, :] < d)
         at = index[:, None] * d + columns[None, :]
         found = of_x * tl.load(b + at, mask=inside, other=0)
@@ -230,10 +223,10 @@ def _direct_kernel(
     b, value = (
         b + task.to(tl.int64) * classes * d, value + task.to(tl.int64) * classes * d
     )  # fmt: skip
-    here = _load_columns(x + task.to(tl.int64) * n * d, samples, columns, n, d)
-    p_of = _load_rows(state + task * classes * n, index, samples, n, classes)
-    a = tl.load(scale + task * n + samples, mask=samples < n, other=0)
-    pull = tl.load(damping + task * DAMPING_EACH)
+    here = load_tile(x + task.to(tl.int64) * n * d, samples, columns, n, d, DTYPE)
+    p_of, a, pull = _of_task(
+        state, scale, damping, task, index, samples, n, classes, DAMPING_EACH
+    )
     r = tl.load(b + at, mask=inside, other=0)
     r_b = tl.zeros((C,), DTYPE)
     if bias is not None:

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .language import DTYPES, ceil_div, jit, launcher, padded, programs, tl, tuned
-from .links import along as along_v
-from .links import load_target, over_rows, scales, value
+from .language import DTYPES, Tuned, ceil_div, jit, launcher, padded, programs, tl
+from .links import joint_along
 from .one_pass import (
     KEY,
     LEAST_ROWS,
@@ -105,16 +104,11 @@ def _joint_kernel(
             u = tl.dot(here, v, u, input_precision=PRECISION, out_dtype=DTYPE)
         z = with_bias(z, bias, index, classes)
         u = with_bias(u, bias_v, index, classes)
-        real = (rows[:, None] < n) & (index[None, :] < classes)
-        t = load_target(target, rows, index, real, n, LINK, 1)
-        _, scale = scales(None, share, omega, rows, rows < n, 0, SHARE_ROWS)
-        found, r, state = value(z, t, index, real, classes, SMOOTHING, LINK, 1)
-        u = tl.where(real, u, 0)
-        slope, curved = along_v(state, t, u, index, classes, SMOOTHING, LINK, 1)
-        tl.store(losses + rows, found, mask=rows < n)
-        tl.store(slopes + rows, slope, mask=rows < n)
-        sum_loss += scale * found
-        r, q = over_rows(scale, 1) * r, over_rows(scale, 1) * curved
+        found, r, q = joint_along(
+            z, u, target, share, omega, losses, slopes, rows, index, n, classes,
+            SMOOTHING, SHARE_ROWS, LINK, 1,
+        )  # fmt: skip
+        sum_loss += found
         sum_b += tl.sum(r, 0)
         sum_v += tl.sum(q, 0)
         left, left_v = tl.trans(r), tl.trans(q)
@@ -135,14 +129,15 @@ def _joint_kernel(
     tl.store(loss + program, tl.sum(sum_loss, 0))
 
 
-JOINT = tuned(
+JOINT = Tuned(
+    _joint_kernel,
     [
         {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 3},
         {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
         {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
     ],
     KEY,
-)(_joint_kernel)
+)
 
 
 @launcher

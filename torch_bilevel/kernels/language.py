@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -65,12 +64,7 @@ class Tuned:
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         if self.tuner is not None and not torch.are_deterministic_algorithms_enabled():
             return self.tuner[grid]
-        return partial(self.function[grid], **self.configurations[0])
-
-
-def tuned(configurations: Sequence[dict[str, int]], key: Sequence[str]) -> Any:
-    """Decorates a jitted kernel, see `Tuned`."""
-    return lambda function: Tuned(function, configurations, key)
+        return functools.partial(self.function[grid], **self.configurations[0])
 
 
 def unavailable(tensor: Tensor) -> str | None:

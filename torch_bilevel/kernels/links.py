@@ -39,6 +39,13 @@ def log1p(e):
 
 
 @jit
+def places(rows, index, n, classes, AXIS: tl.constexpr):
+    """Which entries of a block there are, and where they lie in class-major memory, (c, n)."""
+    real = over_rows(rows < n, AXIS) & over_rows(index < classes, 1 - AXIS)
+    return real, over_rows(rows, AXIS) + over_rows(index.to(tl.int64), 1 - AXIS) * n
+
+
+@jit
 def load_target(target, rows, index, real, n, LINK: tl.constexpr, AXIS: tl.constexpr):
     """Class indices, a number per row; real targets, a block."""
     if LINK == 0:
@@ -145,3 +152,40 @@ def value(
         loss = tl.sum(difference * difference, AXIS)
         r = 2 * difference
     return loss, r, state
+
+
+@jit
+def rows_along(
+    state, target, u, seed, share, omega, m, rows, index, n, classes,
+    SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr,
+    LINK: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Of some rows s κ ω∘ℓ_zz u; s κ∘⟨r, u⟩ is stored, where there is an m."""
+    real, at = places(rows, index, n, classes, AXIS)
+    p = tl.load(state + at, mask=real, other=0)
+    t = load_target(target, rows, index, real, n, LINK, AXIS)
+    each, scale = scales(seed, share, omega, rows, rows < n, SEED_ROWS, SHARE_ROWS)
+    u = tl.where(real, u, 0)
+    slope, curved = along(p, t, u, index, classes, SMOOTHING, LINK, AXIS)
+    if m is not None:
+        tl.store(m + rows, each * slope, mask=rows < n)
+    return over_rows(scale, AXIS) * curved
+
+
+@jit
+def joint_along(
+    z, u, target, share, omega, losses, slopes, rows, index, n, classes,
+    SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr, LINK: tl.constexpr,
+    AXIS: tl.constexpr,
+):  # fmt: skip
+    """Of some rows κ ω ℓ, κ ω∘r and κ ω∘ℓ_zz u; ℓ and ⟨r, u⟩ are stored."""
+    real, _ = places(rows, index, n, classes, AXIS)
+    t = load_target(target, rows, index, real, n, LINK, AXIS)
+    _, scale = scales(None, share, omega, rows, rows < n, 0, SHARE_ROWS)
+    found, r, state = value(z, t, index, real, classes, SMOOTHING, LINK, AXIS)
+    u = tl.where(real, u, 0)
+    slope, curved = along(state, t, u, index, classes, SMOOTHING, LINK, AXIS)
+    tl.store(losses + rows, found, mask=rows < n)
+    tl.store(slopes + rows, slope, mask=rows < n)
+    factor = over_rows(scale, AXIS)
+    return scale * found, factor * r, factor * curved

@@ -28,9 +28,8 @@ from .reduce import (
 )
 
 STEP, MOMENTUM, UPPER, TARGET, RR, START, BEST_RR, CURVATURE = range(8)  # numbers
-PENDING, COLD, BROKEN, NEGATIVE, DIVERGED, STEPS, GOING = range(
-    7
-)  # flags; the last one twice
+# flags; the last one is written twice
+PENDING, COLD, BROKEN, NEGATIVE, DIVERGED, STEPS, GOING = range(7)
 
 
 class State(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .language import (
     DTYPES,
+    Tuned,
     ceil_div,
     jit,
     launcher,
@@ -25,9 +26,8 @@ from .language import (
     programs,
     shared_memory,
     tl,
-    tuned,
 )
-from .links import along, load_target, over_rows, scales
+from .links import rows_along
 from .rows import per_row
 from .rows import reference as between
 from .sums import summed
@@ -110,7 +110,7 @@ def load_turned(weight, index, columns, classes, d, DTYPE: tl.constexpr):
 
 @jit
 def with_bias(z, bias, index, classes):
-    """Z + b, where there is a b."""
+    """The outputs z + b, where there is a b."""
     if bias is not None:
         z += tl.load(bias + index, mask=index < classes, other=0)[None, :]
     return z
@@ -128,26 +128,6 @@ def add_product(
     later = (columns[None, :] * 0 + tile) >= tl.num_programs(0)
     part += tl.load(at, mask=inside & later, other=0)
     tl.store(at, part, mask=inside)
-
-
-@jit
-def _curved(
-    state, target, u, seed, share, omega, m, rows, index, n, classes,
-    SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr,
-    LINK: tl.constexpr,
-):  # fmt: skip
-    """Q of some rows, (rows, classes); m is stored."""
-    real = (rows[:, None] < n) & (index[None, :] < classes)
-    at = index[None, :].to(tl.int64) * n + rows[:, None]
-    p = tl.load(state + at, mask=real, other=0)
-    t = load_target(target, rows, index, real, n, LINK, 1)
-    each, scale = scales(seed, share, omega, rows, rows < n, SEED_ROWS, SHARE_ROWS)
-    slope, curved = along(
-        p, t, tl.where(real, u, 0), index, classes, SMOOTHING, LINK, 1
-    )
-    if m is not None:
-        tl.store(m + rows, each * slope, mask=rows < n)
-    return over_rows(scale, 1) * curved
 
 
 @jit
@@ -172,9 +152,9 @@ def _chunked_kernel(
             w = load_turned(weight, index, columns, classes, d, DTYPE)
             u = tl.dot(here, w, u, input_precision=PRECISION, out_dtype=DTYPE)
         u = with_bias(u, bias, index, classes)
-        q = _curved(
+        q = rows_along(
             state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
-            SEED_ROWS, SHARE_ROWS, LINK,
+            SEED_ROWS, SHARE_ROWS, LINK, 1,
         )  # fmt: skip
         sum_b += tl.sum(q, 0)
         left = tl.trans(q)
@@ -206,9 +186,9 @@ def _resident_kernel(
         here = load_tile(x, rows, columns, n, d, DTYPE)
         u = tl.dot(here, w, input_precision=PRECISION, out_dtype=DTYPE)
         u = with_bias(u, bias, index, classes)
-        q = _curved(
+        q = rows_along(
             state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
-            SEED_ROWS, SHARE_ROWS, LINK,
+            SEED_ROWS, SHARE_ROWS, LINK, 1,
         )  # fmt: skip
         sum_b += tl.sum(q, 0)
         found = tl.dot(
@@ -221,7 +201,8 @@ def _resident_kernel(
 
 
 KEY = ("d", "classes", "PRECISION", "SIZE")
-CHUNKED = tuned(
+CHUNKED = Tuned(
+    _chunked_kernel,
     [
         {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
         {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
@@ -229,7 +210,7 @@ CHUNKED = tuned(
         {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
     ],
     KEY,
-)(_chunked_kernel)
+)
 # COLUMNS hold all of d. ROWS and warps: enough numbers a thread for 128-bit loads, few enough for
 # its registers, in Triton 3.6 to 3.9
 RESIDENT_TILES = {
@@ -242,13 +223,14 @@ RESIDENT_TILES = {
     1024: (16, 8),
 }
 RESIDENT_KERNELS = {
-    columns: tuned(
+    columns: Tuned(
+        _resident_kernel,
         [
             {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
             for stages in (2, 1)
         ],
         KEY,
-    )(_resident_kernel)
+    )
     for columns, (rows, warps) in RESIDENT_TILES.items()
 }
 

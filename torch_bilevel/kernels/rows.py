@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .language import ceil_div, jit, launcher, padded, tl
-from .links import along, load_target, scales, value
+from .links import joint_along, places, rows_along
 from .sums import summed
 
 MOST_CLASSES = 128  # in registers, without spills
@@ -58,19 +58,15 @@ def _rows_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index = tl.arange(0, C)
-    real = (index[:, None] < classes) & (rows[None, :] < n)
-    at = index[:, None].to(tl.int64) * n + rows[None, :]
-    p = tl.load(state + at, mask=real, other=0)
+    real, at = places(rows, index, n, classes, 0)
     along_v = tl.load(u + at, mask=real, other=0)
     if bias is not None:
-        b = tl.load(bias + index, mask=index < classes, other=0)
-        along_v = tl.where(real, along_v + b[:, None], 0)
-    t = load_target(target, rows, index, real, n, LINK, 0)
-    each, scale = scales(seed, share, omega, rows, rows < n, SEED_ROWS, SHARE_ROWS)
-    slope, curved = along(p, t, along_v, index, classes, SMOOTHING, LINK, 0)
-    tl.store(q + at, scale[None, :] * curved, mask=real)
-    if m is not None:
-        tl.store(m + rows, each * slope, mask=rows < n)
+        along_v += tl.load(bias + index, mask=index < classes, other=0)[:, None]
+    found = rows_along(
+        state, target, along_v, seed, share, omega, m, rows, index, n, classes,
+        SMOOTHING, SEED_ROWS, SHARE_ROWS, LINK, 0,
+    )  # fmt: skip
+    tl.store(q + at, found, mask=real)
 
 
 @launcher
@@ -124,24 +120,20 @@ def _joint_rows_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index = tl.arange(0, C)
-    real = (index[:, None] < classes) & (rows[None, :] < n)
-    at = index[:, None].to(tl.int64) * n + rows[None, :]
-    second = (index[:, None].to(tl.int64) + classes) * n + rows[None, :]
+    real, at = places(rows, index, n, classes, 0)
+    _, second = places(rows, index + classes, n, 2 * classes, 0)
     z = tl.load(both + at, mask=real, other=0)
     u = tl.load(both + second, mask=real, other=0)
     if bias is not None:
         z += tl.load(bias + index, mask=index < classes, other=0)[:, None]
         u += tl.load(bias_v + index, mask=index < classes, other=0)[:, None]
-    t = load_target(target, rows, index, real, n, LINK, 0)
-    _, scale = scales(None, share, omega, rows, rows < n, 0, SHARE_ROWS)
-    found, r, state = value(z, t, index, real, classes, SMOOTHING, LINK, 0)
-    u = tl.where(real, u, 0)
-    slope, curved = along(state, t, u, index, classes, SMOOTHING, LINK, 0)
-    tl.store(losses + rows, found, mask=rows < n)
-    tl.store(slopes + rows, slope, mask=rows < n)
-    tl.store(left + at, scale[None, :] * r, mask=real)
-    tl.store(left + second, scale[None, :] * curved, mask=real)
-    tl.store(loss + tl.program_id(0), tl.sum(scale * found, 0))
+    found, r, curved = joint_along(
+        z, u, target, share, omega, losses, slopes, rows, index, n, classes, SMOOTHING,
+        SHARE_ROWS, LINK, 0,
+    )  # fmt: skip
+    tl.store(left + at, r, mask=real)
+    tl.store(left + second, curved, mask=real)
+    tl.store(loss + tl.program_id(0), tl.sum(found, 0))
 
 
 @launcher

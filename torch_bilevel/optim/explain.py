@@ -49,7 +49,7 @@ def explain(optimizer: BilevelOptimizer) -> str:
         f"  inner problem: {_system(optimizer, words.problem)}",
         f"  products: {words.products or _engine(optimizer, words.problem)}, vectors in "
         f"{str(inner.dtype).removeprefix('torch.')} on {inner.device}",
-        *_kernels(inner.zeros()),
+        *_kernels(torch.empty(0, device=inner.device)),
         *_cost(optimizer),
         *_replaced(optimizer),
         *([] if words.products or words.problem else _faster(optimizer)),

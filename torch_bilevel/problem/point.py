@@ -56,7 +56,7 @@ class Point(abc.ABC):
         """Jᵀ u for u of the outer layout, flat, of the inner layout."""
 
     def program(self) -> Program | None:
-        """V ↦ H v as a fixed program of this point's values, for engines that have one."""
+        """The map v ↦ H v as a fixed program of this point's values, for engines that have one."""
         return None
 
     def factors(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,17 +31,17 @@ def failed(name: str, error: Exception) -> CaptureFailed:
     )
 
 
-def supported(asked: bool | None, v: Tensor) -> bool:
+def supported(asked: bool | None, device: torch.device) -> bool:
     """Whether products are replayed as a CUDA graph.
 
     Raises:
         CaptureFailed: it was asked for and there is no CUDA device.
     """
-    if v.device.type == "cuda":
+    if device.type == "cuda":
         return asked is not False
     if asked:
         raise CaptureFailed(
-            f"cuda_graph=True and the inner parameters are on {v.device}: CUDA graphs need a CUDA "
+            f"cuda_graph=True and the inner parameters are on {device}: CUDA graphs need a CUDA "
             "device. Leave the option out."
         )
     return False
@@ -87,13 +87,7 @@ class CapturedProduct:
         def launch() -> None:
             self.results = run(self.v, *self.values)
 
-        try:
-            self.graph = capture(launch, v.device)
-        except RuntimeError as error:
-            raise CaptureFailed(
-                f"The product could not be captured as a CUDA graph: {error} Write "
-                "products='traced(cuda_graph=False)'."
-            ) from error
+        self.graph = capture(launch, v.device, "product")
 
     def __call__(
         self, v: Tensor, point: Any, values: Sequence[Tensor]

@@ -313,7 +313,7 @@ class Recording:
         wanted = inner, outer
         run = self.product(inner, outer)
         with torch.no_grad():
-            if not supported(self.options.cuda_graph, v):
+            if not supported(self.options.cuda_graph, v.device):
                 try:
                     return run(v, *values.kept)
                 except RuntimeError as error:
@@ -371,9 +371,9 @@ class TracedPoint(Substitute):
 
     def program(self) -> Program | None:
         """See `Point.program`: where products may be replayed as CUDA graphs."""
-        example = self.problem.inner.layout.zeros()
+        layout = self.problem.inner.layout
         options = [recording.options for recording, _, _ in self.parts]
-        if not all(supported(option.cuda_graph, example) for option in options):
+        if not all(supported(option.cuda_graph, layout.device) for option in options):
             return None
         runs = [recording.product(True, False) for recording, _, _ in self.parts]
         counts = [len(values.kept) for _, values, _ in self.parts]
@@ -389,7 +389,9 @@ class TracedPoint(Substitute):
 
         inputs = []
         for (_, values, weight), is_one in zip(self.parts, plain, strict=True):
-            inputs += [*values.kept, *([] if is_one else [number(weight, example)])]
+            inputs += values.kept
+            if not is_one:
+                inputs.append(number(weight, layout.dtype, layout.device))
         recordings = tuple(recording for recording, _, _ in self.parts)
         graphs = recordings[0].graphs
         return Program((recordings, plain), run, inputs, graphs, self._launched)

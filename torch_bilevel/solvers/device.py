@@ -165,13 +165,7 @@ def _captured(
         # blocks are alike, but for the first step of all and the number of steps
         alike = last - first, first == 0
         if alike not in made:
-            try:
-                made[alike] = capture(block(first), own.direction.device)
-            except RuntimeError as error:
-                raise CaptureFailed(
-                    f"The solve could not be captured as a CUDA graph: {error} Write "
-                    "products='traced(cuda_graph=False)'."
-                ) from error
+            made[alike] = capture(block(first), own.direction.device, "solve")
         graphs.append(made[alike])
         sizes.append(last - first)
     return Captured(own, inputs, graphs, sizes)
@@ -193,21 +187,32 @@ def copy_all(into: list[Tensor], given: list[Tensor]) -> None:
         torch._foreach_copy_(into, given)
 
 
-def capture(run: Callable[[], None], device: torch.device) -> Any:
+def capture(run: Callable[[], None], device: torch.device, what: str) -> Any:
     """A CUDA graph of what a function launches; it writes into memory that stays.
 
     Args:
         run: the function; called once before, so that libraries and kernels are ready.
         device: a CUDA device.
+        what: a word for it, in messages.
+
+    Raises:
+        CaptureFailed: it does something that CUDA does not let be captured.
     """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # other threads (a loader that pins memory) may go on
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            run()
+    try:
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # other threads (a loader that pins memory) may go on
+            mode = "thread_local"
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+                run()
+    except RuntimeError as error:
+        raise CaptureFailed(
+            f"The {what} could not be captured as a CUDA graph: {error} Write "
+            "products='traced(cuda_graph=False)'."
+        ) from error
     return graph

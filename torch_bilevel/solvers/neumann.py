@@ -64,7 +64,8 @@ class Neumann(Solver):
         zero = torch.zeros_like(b)
 
         def run(eta: Tensor) -> Solution:
-            steps = self.num_steps
-            return iterate(operator, b, zero, b, eta, steps, 0.0, False)
+            return iterate(
+                operator, b, zero, b, eta, self.num_steps, 0.0, last_product=False
+            )
 
         return with_step_size(run, operator, b, self.step_size, memory)

@@ -77,8 +77,7 @@ class Richardson(Solver):
         x, r = start(operator, b, x0)
 
         def run(eta: Tensor) -> Solution:
-            steps, rtol = self.max_steps, self.rtol
-            return iterate(operator, b, x, r, eta, steps, rtol)
+            return iterate(operator, b, x, r, eta, self.max_steps, self.rtol)
 
         return with_step_size(run, operator, b, self.step_size, memory)
 
