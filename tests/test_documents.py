@@ -141,6 +141,17 @@ def test_the_fused_loss_of_the_docs_works():
     torch.testing.assert_close(space["train_loss"](x, y, index), expected)
 
 
+@pytest.mark.parametrize("page", ["docs/functions.md", "docs/coming_from.md"])
+def test_a_page_runs_from_top_to_bottom(page):
+    """Listings compare their numbers themselves; those in ```py are only read."""
+    space, code = {}, blocks(page)
+    assert len(code) > 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchopt imports old functorch
+        for block in code:
+            exec(compile(block, page, "exec"), space)
+
+
 def test_every_engine_is_in_the_table_of_the_products_page():
     text = (ROOT / "docs/products.md").read_text("utf8")
     assert all(f'products="{name}' in text for name in tb.products())
@@ -394,3 +405,62 @@ def test_dataset_distillation_refuses_bad_input(
         )
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_batched_tasks(tmp_path):
+    arguments = ["--tasks", "8", "--repetitions", "1", "--outer-steps", "15"]
+    results = example("batched_tasks.py")["main"](
+        [*arguments, "--test-tasks", "50", "--output", str(tmp_path)]
+    )
+    assert results.pop("difference") < 1e-5
+    for name in ("MAML", "iMAML"):
+        assert results[name, "after"][0] < results[name, "before"][0]  # query loss
+    assert (tmp_path / "batched_tasks.png").stat().st_size > 10000
+
+
+def test_implicit_layer(tmp_path):
+    arguments = ["--epochs", "10", "--springs", "4", "--output", str(tmp_path)]
+    results = example("implicit_layer.py")["main"](arguments)
+    assert results["equilibrium"] > 90 and results["explicit"] > 90
+    assert results["gradient error"] < 1e-6 and results["misfit"] < 3
+    assert (tmp_path / "implicit_layer.png").stat().st_size > 10000
+
+
+def test_learned_regularisation(tmp_path):
+    """Lower validation loss than the grid; whether the test follows is printed, not certain."""
+    arguments = ["--splits", "1", "--grid", "15", "--outer-steps", "15"]
+    results = example("learned_regularisation.py")["main"](
+        [*arguments, "--output", str(tmp_path)]
+    )
+    (_, grid, _), (_, learned, _) = results.values()
+    assert 0 < learned < grid
+    assert (tmp_path / "learned_regularisation.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("batched_tasks", ["--ways", "11"], "--ways must lie between 2 and 10"),
+        (
+            "batched_tasks",
+            ["--outer-lr", "nan"],
+            "--outer-lr must be a positive number",
+        ),
+        ("implicit_layer", ["--springs", "1"], "--springs must be at least 2"),
+        (
+            "learned_regularisation",
+            ["--data", "nowhere"],
+            "--data nowhere cannot be read",
+        ),
+        ("learned_regularisation", ["--train", "400"], "for the test; at least 50"),
+    ],
+)
+def test_the_examples_of_functions_refuse_bad_input(
+    name, arguments, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in printed and printed.strip().count("\n") == 0

@@ -17,6 +17,7 @@ Unrolled(window=5, checkpoint_every=None, iterate_bytes=None, offload=None, keep
 
 from . import errors as errors
 from . import estimators as _estimators
+from . import func as func
 from . import ops as ops
 from . import solvers as _solvers
 from ._version import __version__ as __version__

@@ -61,7 +61,7 @@ class Layout:
         """The vector as parts of the recorded shapes, dtypes and devices."""
         pieces = torch.split(vector, self.sizes)
         return [
-            piece.view(shape).to(device, dtype)
+            piece.reshape(shape).to(device, dtype)
             for piece, shape, dtype, device in zip(
                 pieces, self.shapes, self.dtypes, self.devices, strict=True
             )

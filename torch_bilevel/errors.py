@@ -12,9 +12,11 @@ __all__ = [
     "CaptureFailed",
     "Disconnected",
     "Diverged",
+    "ForwardOverForward",
     "InvalidHyperparameters",
     "InvalidLoss",
     "LossNotRegistered",
+    "NeedsLoop",
     "NegativeCurvature",
     "NegativeCurvatureWarning",
     "NoInnerStep",
@@ -34,8 +36,11 @@ __all__ = [
     "TrajectoryTooLong",
     "UnknownName",
     "StepSizeWarning",
+    "UnnamedClosure",
     "UnregisteredTerm",
+    "UnsolvedWarning",
     "UnsupportedParameter",
+    "UnsupportedTransform",
     "UnusedOuter",
     "ZeroHypergradientWarning",
 ]
@@ -133,6 +138,10 @@ class NoThirdDerivative(BilevelError):
     """An operation with two derivatives was differentiated three times."""
 
 
+class ForwardOverForward(BilevelError):
+    """Forward mode was nested in forward mode, where PyTorch drops a term without a word."""
+
+
 class SolverLimit(BilevelError):
     """A solver would need more memory than its limit allows."""
 
@@ -175,3 +184,19 @@ class UnknownName(BilevelError, ValueError):
 
 class RecordingWarning(BilevelWarning):
     """Programs of a loss are recorded again and again."""
+
+
+class UnsolvedWarning(BilevelWarning):
+    """The linear system of an implicit derivative was not solved to its tolerance."""
+
+
+class UnnamedClosure(BilevelError):
+    """A pure function reaches a tensor that is differentiated and was not named."""
+
+
+class NeedsLoop(BilevelError):
+    """An estimator needs a recorded loop, or new samples, that a pure function has not."""
+
+
+class UnsupportedTransform(BilevelError):
+    """Function transforms or compilation cannot be combined in this way."""

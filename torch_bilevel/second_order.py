@@ -44,6 +44,37 @@ def uncompiled(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def untraced(function: F) -> F:
+    """The function for one call into whose frames dynamo does not look, if it is there at all.
+
+    Where a graph was broken, dynamo tries the frames inside one by one.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return function
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
+def opaque(reason: str) -> Callable[[F], F]:
+    """A function around which ``torch.compile`` breaks the graph, or says why it would have to.
+
+    As ``torch.compiler.disable``, which imports dynamo.
+
+    Args:
+        reason: a sentence, part of the error under ``fullgraph=True``.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return untraced(function)(*args, **kwargs)
+
+        call._torchdynamo_disable = True  # type: ignore[attr-defined]
+        call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
 def uncompiled_method(method: F) -> F:
     """As `uncompiled`, for a method; dynamo is not imported before it is called."""
 

@@ -11,15 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Scalar = float | Tensor
 
 
 def number(value: Scalar) -> Scalar:
     """A hyperparameter as a number, unless it is a tensor that is differentiated."""
-    if isinstance(value, Tensor) and (value.requires_grad or value.dim()):
+    if isinstance(value, Tensor) and (value.dim() or may_be_differentiated(value)):
         return value
     return float(value)
+
+
+def may_be_differentiated(value: Tensor) -> bool:
+    """Whether a tensor has a derivative, or may have one: batched, dual, of a program."""
+    return (
+        value.requires_grad
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(value).tangent is not None
+    )
 
 
 def is_on(value: Scalar) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoUpdateRule
-from .arithmetic import add, is_on, lerp, number
+from .arithmetic import add, is_on, lerp, may_be_differentiated, number
 from .rule import Hyper, State, Stationarity, UpdateRule, l2_stationarity
 
 
@@ -45,7 +45,7 @@ def muon(
     update = lerp(gradient, buffer, momentum) if hyper["nesterov"] else buffer
     options = hyper["ns_coefficients"], hyper["ns_steps"], hyper["eps"]
     rounded = orthogonalized(update.detach().bfloat16(), *options)
-    if update.requires_grad:
+    if may_be_differentiated(update):
         exact = orthogonalized(update, *options)
         update = exact + (rounded - exact).detach()
     else:

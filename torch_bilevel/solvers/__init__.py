@@ -17,6 +17,9 @@ from .direct import Direct as Direct
 from .gmres import GMRES as GMRES
 from .heavy_ball import HeavyBall as HeavyBall
 from .identity import Identity as Identity
+from .loops import differentiated as differentiated
+from .loops import may_look as may_look
+from .loops import transformed as transformed
 from .minres import MINRES as MINRES
 from .nesterov import Nesterov as Nesterov
 from .neumann import Neumann as Neumann

@@ -52,16 +52,20 @@ class Operator:
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v."""
-        self.num_products += 1
+        self._count()
         return self.apply(v)
 
     def adjoint(self, v: Tensor) -> Tensor:
         """Aᵀ v."""
-        self.num_products += 1
+        self._count()
         if self.symmetric:
             return self.apply(v)
         assert self.transpose is not None
         return self.transpose(v)
+
+    def _count(self) -> None:
+        if not torch.compiler.is_compiling():  # a compiled loop has no side effects
+            self.num_products += 1
 
     def draw(self, number: int) -> Operator:
         """The independent sample of A of that number; A itself where it is exact."""
@@ -126,6 +130,9 @@ class Solver(abc.ABC):
     needs_symmetric: ClassVar[bool] = False
     uses_start: ClassVar[bool] = True
     stochastic: ClassVar[bool] = False  # made for a new sample of A in every product
+    pure: ClassVar[bool] = True  # a function of A and b alone, in tensors
+    batched: ClassVar[bool] = False  # takes many systems, along leading dimensions
+    solves: ClassVar[bool] = True  # tends to the solution as it takes more steps
 
     @abc.abstractmethod
     def solve(
@@ -163,11 +170,6 @@ def relative(r: Tensor, b: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(b)
     norm = torch.linalg.vector_norm(r)
     return torch.where(norm == 0, torch.zeros_like(norm), norm / size)
-
-
-def may_stop_early(b: Tensor, rtol: float) -> bool:
-    """Whether looking at a flag each step is worth a host synchronisation."""
-    return rtol > 0 or b.device.type == "cpu"
 
 
 def solution(value: Tensor, residual: Tensor, **given: Any) -> Solution:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from .base import (
     start,
 )
 from .device import advance, by_kernels, on_host
+from .loops import may_look, may_stop_early, repeat
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class CG(Solver):
 
     name: ClassVar[str] = "cg"
     needs_symmetric: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.positive_int("CG", "max_steps", self.max_steps)
@@ -70,6 +72,8 @@ class CG(Solver):
         memory: Memory | None = None,
     ) -> Solution:
         """See `Solver.solve`."""
+        if b.dim() > 1 or not may_look():
+            return self._masked(operator, b, x0)
         # r = b − A x;  p: search direction
         x, r = start(operator, b, x0)
         # In units of the largest |b|, so that squares of small numbers do not vanish
@@ -165,6 +169,112 @@ class CG(Solver):
                 "unit": unit,
             },
         )
+
+    def _masked(self, operator: Operator, b: Tensor, x0: Tensor | None) -> Solution:
+        """The same with flags for branches, on one system or, along leading dimensions, many."""
+        size = torch.linalg.vector_norm(b, torch.inf, -1, keepdim=True)
+        size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
+        b = b / size
+        zero, bb = torch.zeros_like(b), squared(b)
+        no = torch.zeros_like(bb, dtype=torch.bool)
+        x, r, rr, cold = zero, b, bb, ~no
+        if x0 is not None:
+            r = b - operator(x0) / size
+            better = squared(r) < bb  # not where r is not finite
+            x = torch.where(better.unsqueeze(-1), x0, zero)
+            r = torch.where(better.unsqueeze(-1), r, b)
+            rr, cold = squared(r), ~x.any(-1)
+        target, number = self.rtol**2 * bb, torch.zeros_like(bb)
+        flags = (rr > target, no, no, cold)
+        vectors = (zero.clone(), r.clone(), r.clone())  # which steps may write to
+        start = _State(*vectors, rr, rr, number, number, number.long(), *flags)
+        # below vmap, where many systems are one tensor, the host may look
+        early = may_stop_early(b, self.rtol)
+        state = repeat(
+            lambda s: _step(operator, target, _State(*s)),
+            start,
+            self.max_steps,
+            lambda s: _State(*s).active.any(),
+            early,
+        )
+        moved, _, _, rr, _, _, curvature, steps, _, negative, broken, _ = state
+        lost = broken.unsqueeze(-1)
+        return solution(
+            torch.where(lost, torch.nan, x + moved * size),
+            torch.where(rr == 0, rr, (rr / bb).sqrt()),
+            num_steps=steps,
+            converged=rr <= target,
+            negative_curvature=negative,
+            curvature=curvature,
+            diverged=no,
+        )
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products along the last dimension."""
+    return (a * b).sum(-1)
+
+
+def squared(a: Tensor) -> Tensor:
+    """Inner products of vectors with themselves, without a vector of products."""
+    return torch.linalg.vector_norm(a, dim=-1).square()
+
+
+def _step(operator: Operator, target: Tensor, state: _State) -> _State:
+    """One step of every system that has not stopped."""
+    moved, r, p, rr, pp, scale, curvature, steps, active, *rest = state
+    negative, broken, cold = rest
+    tiny = 10 * torch.finfo(r.dtype).eps
+    Ap = operator(p)
+    pAp = dot(p, Ap)
+    along = pAp / pp
+    stretch = torch.linalg.vector_norm(Ap, dim=-1) / pp.sqrt()
+    # squares of a large A may overflow
+    scale = torch.fmax(scale, torch.where(torch.isfinite(stretch), stretch, along))
+    curvature = torch.where(active, along, curvature)
+    broken = broken | (active & ~torch.isfinite(pAp))
+    bad = active & (along < -tiny * scale)
+    active = active & (along > tiny * scale) & ~broken
+    alpha = torch.where(active | (bad & cold), rr / pAp.abs(), 0).unsqueeze(-1)
+    # x + α p,  r − α A p,  r₊ + β p
+    own = may_look()  # the vectors are the iteration's: no new memory for them
+    moved = moved.addcmul_(alpha, p) if own else moved.addcmul(alpha, p)
+    r = r.addcmul_(alpha, Ap, value=-1) if own else r.addcmul(alpha, Ap, value=-1)
+    next_rr = squared(r)
+    beta = torch.where(active, next_rr / rr, 0)
+    by = beta.unsqueeze(-1)
+    p = p.mul_(by).add_(r) if own else r.addcmul(by, p)
+    return _State(
+        moved,
+        r,
+        p,
+        next_rr,
+        next_rr + beta**2 * pp,  # r₊ is orthogonal to p
+        scale,
+        curvature,
+        steps + active,
+        active & (next_rr > target),
+        negative | bad,
+        broken,
+        cold & False,
+    )
+
+
+class _State(NamedTuple):
+    """CG in progress: x − x₀, r, p, their squares; the stretch of A; flags."""
+
+    moved: Tensor
+    r: Tensor
+    p: Tensor
+    rr: Tensor
+    pp: Tensor
+    scale: Tensor
+    curvature: Tensor
+    steps: Tensor
+    active: Tensor
+    negative: Tensor
+    broken: Tensor
+    cold: Tensor
 
 
 def _inner_products(rows: Tensor) -> Tensor:

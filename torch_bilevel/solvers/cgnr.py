@@ -9,7 +9,7 @@ ratio of the largest to the smallest singular value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,23 @@ from .base import (
     Operator,
     Solution,
     Solver,
-    may_stop_early,
     relative,
     solution,
     start,
 )
+from .loops import may_stop_early, repeat
+
+
+class _State(NamedTuple):
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rr: Tensor
+    zz: Tensor
+    scale: Tensor
+    steps: Tensor
+    active: Tensor
+    broken: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,12 +96,11 @@ class CGNR(Solver):
         active, broken = rr > target, ~torch.isfinite(rr)
         p, zz = torch.zeros_like(b), torch.ones_like(rr)
         scale, zero = torch.zeros_like(rr), torch.zeros_like(rr)
-        steps = torch.zeros((), dtype=torch.int64, device=b.device)
+        steps = torch.zeros_like(rr, dtype=torch.int64)
         tiny = 10 * torch.finfo(b.dtype).eps
-        check = may_stop_early(b, self.rtol)
-        for _ in range(self.max_steps):
-            if check and not bool(active):
-                break
+
+        def step(state: _State) -> _State:
+            x, r, p, rr, zz, scale, steps, active, broken = state
             z = operator.adjoint(r)
             zz_before, zz = zz, torch.dot(z, z)
             p = z + torch.where(active, zz / zz_before, zero) * p
@@ -106,9 +117,16 @@ class CGNR(Solver):
             rr = torch.dot(r, r)
             steps = steps + active
             active = active & (rr > target)
+            return _State(x, r, p, rr, zz, scale, steps, active, broken)
+
+        state = _State(x, r, p, rr, zz, scale, steps, active, broken)
+        early = may_stop_early(b, self.rtol)
+        state = _State(
+            *repeat(step, state, self.max_steps, lambda s: _State(*s).active, early)
+        )
         return solution(
-            torch.where(broken, torch.nan, x),
-            relative(r, b),
-            num_steps=steps,
-            converged=(rr <= target) & ~broken,
+            torch.where(state.broken, torch.nan, state.x),
+            relative(state.r, b),
+            num_steps=state.steps,
+            converged=(state.rr <= target) & ~state.broken,
         )

@@ -19,6 +19,7 @@ from .._program import Program
 from ..errors import CaptureFailed
 from ..kernels.language import unavailable
 from .base import Operator
+from .loops import may_look
 
 BLOCK = 4  # steps between looks at the flag; even, because states alternate between two halves
 KEPT = 8  # captured iterations of a program
@@ -33,7 +34,7 @@ def on_host(vector: Tensor) -> bool:
 
 def by_kernels(vector: Tensor) -> bool:
     """Whether steps on a vector are kernels: on a device for which there are any."""
-    return not on_host(vector) and unavailable(vector) is None
+    return not on_host(vector) and may_look() and unavailable(vector) is None
 
 
 class Watch:

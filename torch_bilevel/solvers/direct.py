@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..errors import SolverLimit
 from .base import Memory, Operator, Solution, Solver, relative, solution
+from .loops import may_look
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,35 @@ class Direct(Solver):
                 f"({size / 2**20:,.0f} MiB, limit {self.max_bytes / 2**20:,.0f} MiB). Use 'cg' "
                 "or 'minres', or raise max_bytes."
             )
-        basis = torch.zeros_like(b)
-        columns = []
-        for index in range(operator.size):
-            basis[index] = 1
-            columns.append(operator(basis))
-            basis[index] = 0
-        matrix = torch.stack(columns, dim=1)
+        matrix = _matrix(operator, b)
         cutoff = operator.size * torch.finfo(b.dtype).eps
-        if not bool(torch.isfinite(matrix).all()):  # LAPACK does not accept it
+        finite = torch.isfinite(matrix).all()
+        if may_look() and not bool(finite):
             value, residual = torch.full_like(b, torch.nan), b.new_tensor(torch.nan)
             return solution(value, residual)
+        matrix = torch.where(finite, matrix, 0.0)  # LAPACK does not accept it
         if operator.symmetric:
             # A = Q Λ Qᵀ;  v = Q Λ⁺ Qᵀ b
             eigenvalues, Q = torch.linalg.eigh((matrix + matrix.T) / 2)
-            zero = eigenvalues.abs() <= cutoff * eigenvalues.abs().max()
+            zero = eigenvalues.abs() <= cutoff * eigenvalues.abs().amax()
             inverse = torch.where(zero, torch.zeros_like(eigenvalues), 1 / eigenvalues)
             value = Q @ (inverse * (Q.T @ b))
         else:
             value = torch.linalg.pinv(matrix, rtol=cutoff) @ b
+        value = torch.where(finite, value, torch.nan)
         residual = relative(b - matrix @ value, b)
         return solution(
             value,
             residual,
-            num_steps=torch.tensor(1, device=b.device),
+            num_steps=torch.ones_like(finite, dtype=torch.int64),
             converged=residual <= cutoff**0.5,
         )
+
+
+def _matrix(operator: Operator, b: Tensor) -> Tensor:
+    """A by its columns; at once where its products are pure functions."""
+    size = operator.size
+    basis = torch.eye(size, dtype=b.dtype, device=b.device)
+    if not may_look():  # products of pure functions
+        return torch.func.vmap(operator.apply)(basis).mT
+    return torch.stack([operator(row.clone()) for row in basis.unbind()], dim=1)

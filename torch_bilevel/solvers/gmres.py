@@ -19,12 +19,12 @@ from .base import (
     Operator,
     Solution,
     Solver,
-    may_stop_early,
     relative,
     solution,
     start,
 )
 from .krylov import orthogonalise, small_dtype
+from .loops import may_stop_early
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class GMRES(Solver):
         """See `Solver.solve`."""
         x, r = start(operator, b, x0)
         target = self.rtol * torch.linalg.vector_norm(b)
-        total = torch.zeros((), dtype=torch.int64, device=b.device)
+        total = torch.zeros_like(target, dtype=torch.int64)
         phi = torch.linalg.vector_norm(r)
         finite = torch.isfinite(phi)
         check = may_stop_early(b, self.rtol)
@@ -120,12 +120,15 @@ def minimise(
     V = r.new_zeros(size + 1, r.numel())
     small = {"dtype": small_dtype(r), "device": r.device}
     # Q: the rotations so far;  R = Q H, triangular;  (g, phi) = Q ‖r₀‖ e₁, phi: the residual
-    Q, R = torch.eye(size + 1, **small), torch.eye(size, **small)
-    g, phi = torch.zeros(size, **small), beta.to(small["dtype"])
+    # in-place under vmap: made from r, they have a lane each
+    Q, R = (r.new_zeros(n, n, **small) for n in (size + 1, size))
+    for square in (Q, R):
+        square.diagonal().fill_(1.0)
+    g, phi = r.new_zeros(size, **small), beta.to(small["dtype"])
     active = (phi > target) | ~torch.isfinite(phi)
     V[0] = torch.where(active, r / beta, 0.0)
     scale, broken = torch.zeros_like(phi), torch.zeros_like(active)
-    steps = torch.zeros((), dtype=torch.int64, device=r.device)
+    steps = torch.zeros_like(phi, dtype=torch.int64)
     tiny = 10 * torch.finfo(r.dtype).eps
     for j in range(size):
         if check and not bool(active):

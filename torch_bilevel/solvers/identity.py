@@ -34,6 +34,7 @@ class Identity(Solver):
 
     name: ClassVar[str] = "identity"
     uses_start: ClassVar[bool] = False
+    solves: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.real("Identity", "scale", self.scale, positive=True)

@@ -7,7 +7,7 @@ rotations (c, s) updated column by column minimises ‖b − A x‖ over the Kry
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,29 @@ from .base import (
     Operator,
     Solution,
     Solver,
-    may_stop_early,
     relative,
     solution,
     start,
 )
+from .loops import may_stop_early, repeat
+
+
+class _State(NamedTuple):
+    x: Tensor
+    v: Tensor
+    v_previous: Tensor
+    w: Tensor
+    w_previous: Tensor
+    beta: Tensor
+    phi: Tensor
+    c: Tensor
+    s: Tensor
+    delta: Tensor
+    epsilon: Tensor
+    scale: Tensor
+    steps: Tensor
+    active: Tensor
+    broken: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,12 +95,12 @@ class MINRES(Solver):
         beta = zero
         c, s, delta, epsilon = -torch.ones_like(zero), zero, zero, zero
         scale, broken = zero, torch.zeros_like(active)
-        steps = torch.zeros((), dtype=torch.int64, device=b.device)
+        steps = torch.zeros_like(phi, dtype=torch.int64)
         tiny = 10 * torch.finfo(b.dtype).eps
-        check = may_stop_early(b, self.rtol)
-        for _ in range(self.max_steps):
-            if check and not bool(active):
-                break
+
+        def step(state: _State) -> _State:
+            x, v, v_previous, w, w_previous, beta, phi, c, s, *rest = state
+            delta, epsilon, scale, steps, active, broken = rest
             # A v_j = β_j v_{j−1} + α_j v_j + β_{j+1} v_{j+1}
             Av = operator(v)
             scale = torch.maximum(scale, torch.linalg.vector_norm(Av))
@@ -108,7 +126,22 @@ class MINRES(Solver):
             active = usable & (phi > target) & (beta_next > tiny * scale)
             w_previous, w = w, torch.where(usable, w_next, w)
             v_previous, v = v, torch.where(active, u / beta_next, zero)
-            beta = beta_next
-        residual = relative(phi.reshape(1), b)
-        x = torch.where(broken, torch.nan, x)
-        return solution(x, residual, num_steps=steps, converged=phi <= target)
+            rotation = (c, s, delta, epsilon)
+            flags = (scale, steps, active, broken)
+            return _State(
+                x, v, v_previous, w, w_previous, beta_next, phi, *rotation, *flags
+            )
+
+        vectors = (x, v, v_previous, w, w_previous)
+        numbers = (beta, phi, c, s, delta, epsilon, scale, steps, active, broken)
+        early = may_stop_early(b, self.rtol)
+        state = _State(*vectors, *numbers)
+        state = _State(
+            *repeat(step, state, self.max_steps, lambda s: _State(*s).active, early)
+        )
+        return solution(
+            torch.where(state.broken, torch.nan, state.x),
+            relative(state.phi.reshape(1), b),
+            num_steps=state.steps,
+            converged=state.phi <= target,
+        )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +27,34 @@ from .base import (
     Memory,
     Operator,
     Solution,
-    may_stop_early,
     relative,
     solution,
     start,
 )
 from .device import advance, by_kernels
+from .loops import may_stop_early, repeat
 from .richardson import with_step_size
 from .spectrum import extreme_eigenvalues
 
 MARGIN = 1.05
 """L over λ̂_max. Lanczos finds λ_max from below (by at most 2.1 % on the ten spectra tried), and
 heavy ball diverges beyond L + μ, while 5 % more cost 2.5 % more steps."""
+
+
+class _State(NamedTuple):
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    q: Tensor
+    rr: Tensor
+    best: Tensor
+    best_rr: Tensor
+    curvature: Tensor
+    steps: Tensor
+    active: Tensor
+    negative: Tensor
+    diverged: Tensor
+    broken: Tensor
 
 
 def check_bounds(
@@ -164,23 +181,22 @@ def descend(
             rtol,
             ahead,
         )
-    p = q = torch.zeros_like(b)
+    p = torch.zeros_like(b)
     rr = rr_start = torch.dot(r, r)
     target = rtol**2 * torch.dot(b, b)
-    best, best_rr = x, rr
     cold, active, broken = ~x.any(), rr > target, ~torch.isfinite(rr)
-    curvature = torch.zeros_like(rr)
-    negative = diverged = torch.zeros_like(active)
-    steps = torch.zeros((), dtype=torch.int64, device=b.device)
+    curvature, no = torch.zeros_like(rr), torch.zeros_like(active)
     tiny = 10 * torch.finfo(b.dtype).eps
-    check = may_stop_early(b, rtol)
-    for index in range(max_steps):
-        if check and not bool(active):
-            break
+
+    def advanced(state: _State) -> _State:
+        x, r, p, q, rr, best, best_rr, curvature, steps, *flags = state
+        active, negative, diverged, broken = flags
+        start = steps == 0
         steps = steps + active
         # p ← θ p + λ r,  with r at x + θ p (ahead), which is r − θ A p, or at x
         g = r - momentum * q if ahead else r
-        p = momentum * p + (step if index else first) * g
+        p = momentum * p + torch.where(start, first, step) * g
+        p = torch.where(active, p, 0.0)  # a lane that has stopped stays where it is
         q = operator(p)
         pq, pp = torch.dot(p, q), torch.dot(p, p)
         curvature = torch.where(active, pq / pp, curvature)
@@ -195,10 +211,16 @@ def descend(
         diverged = diverged | (active & grown)
         active = active & ~negative & ~diverged
         better = active & (rr < best_rr)
-        if index == 0:
-            better = better | cold  # one step is better than none
+        better = better | (start & cold)  # one step is better than none
         best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
-        active = active & (rr > target)
+        flags = (active & (rr > target), negative, diverged, broken)
+        return _State(x, r, p, q, rr, best, best_rr, curvature, steps, *flags)
+
+    state = _State(x, r, p, p, rr, x, rr, curvature, no.long(), active, no, no, broken)
+    early = may_stop_early(b, rtol)
+    state = repeat(advanced, state, max_steps, lambda s: _State(*s).active, early)
+    x, _, _, _, rr, best, best_rr, curvature, steps, *flags = state
+    _, negative, diverged, broken = flags
     failed = negative | diverged
     rr = torch.where(failed, best_rr, rr)
     return solution(

@@ -47,6 +47,7 @@ class RandomTruncatedNeumann(Solver):
     name: ClassVar[str] = "random_truncated_neumann"
     uses_start: ClassVar[bool] = False
     stochastic: ClassVar[bool] = True
+    pure: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.positive_int("RandomTruncatedNeumann", "num_steps", self.num_steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ from .base import (
     Operator,
     Solution,
     Solver,
-    may_stop_early,
     relative,
     solution,
     start,
 )
 from .device import advance, by_kernels
+from .loops import may_look, may_stop_early, repeat
 from .spectrum import largest_eigenvalue
 
 
@@ -82,6 +82,18 @@ class Richardson(Solver):
         return with_step_size(run, operator, b, self.step_size, memory)
 
 
+class _State(NamedTuple):
+    x: Tensor
+    r: Tensor
+    rr: Tensor
+    best: Tensor
+    best_rr: Tensor
+    curvature: Tensor
+    steps: Tensor
+    active: Tensor
+    broken: Tensor
+
+
 def iterate(
     operator: Operator,
     b: Tensor,
@@ -111,32 +123,37 @@ def iterate(
     if by_kernels(b):
         return _on_device(operator, b, x, r, eta, num_steps, rtol, last_product)
     target = rtol**2 * torch.dot(b, b)
-    best, best_rr = x, torch.dot(r, r)
-    rr = best_rr
-    curvature = torch.zeros_like(rr)
-    steps, cold, broken = 0, ~x.any(), torch.zeros_like(r, dtype=torch.bool).any()
-    check = may_stop_early(b, rtol)
-    for index in range(num_steps):
-        if check and bool(rr <= target):
-            break
-        steps += 1
+    rr, cold = torch.dot(r, r), ~x.any()
+    zero, no = torch.zeros_like(rr), torch.zeros_like(cold)
+    first = _State(x, r, rr, x, rr, zero, zero.long(), rr > target, no)
+
+    def step(state: _State) -> _State:
+        x, r, rr, best, best_rr, curvature, steps, active, broken = state
         # x ← x + η r;   r ← r − η A r
-        x = x + eta * r
-        if index == num_steps - 1 and not last_product:
-            break
         Ar = operator(r)
-        curvature = torch.dot(r, Ar) / rr
-        if index == 0:
-            broken = ~torch.isfinite(curvature) & (rr > 0)
-        r = r - eta * Ar
+        along = torch.dot(r, Ar) / rr
+        broken = broken | (active & (steps == 0) & ~torch.isfinite(along))
+        x = torch.where(active, x + eta * r, x)
+        r = torch.where(active, r - eta * Ar, r)
         rr = torch.dot(r, r)
-        better = (rr < best_rr) | (cold & (index == 0))  # one step is better than none
+        # one step is better than none
+        better = active & ((rr < best_rr) | (cold & (steps == 0)))
         best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
+        curvature, steps = torch.where(active, along, curvature), steps + active
+        active = active & ~(rr <= target)
+        return _State(x, r, rr, best, best_rr, curvature, steps, active, broken)
+
+    products = num_steps if last_product else num_steps - 1
+    early = may_stop_early(b, rtol)
+    state = repeat(step, first, products, lambda s: _State(*s).active, early)
+    x, r, rr, best, best_rr, curvature, steps, active, broken = state
+    if not last_product:
+        x, steps = torch.where(active, x + eta * r, x), steps + active
     diverged = ~broken & ~(rr <= torch.dot(b, b) * (1 + 1e-3))
     return solution(
         torch.where(broken, torch.nan, torch.where(diverged, best, x)),
         relative(torch.where(diverged, best_rr, rr).sqrt().reshape(1), b),
-        num_steps=torch.tensor(steps, device=b.device),
+        num_steps=steps,
         converged=rr <= target,
         curvature=curvature,
         diverged=diverged,
@@ -225,7 +242,7 @@ def safer_step(
         memory: says by its eigenvalue that it was looked at.
         limit: of η λ_max.
     """
-    if memory.eigenvalue is not None or not operator.symmetric:
+    if memory.eigenvalue is not None or not operator.symmetric or not may_look():
         return None
     size = largest_eigenvalue(operator, b, memory, max_steps=10)
     return limit * _inverse(size) if bool(size * eta > limit * (1 + 1e-6)) else None
@@ -248,7 +265,8 @@ def with_step_size(
     reported as negative curvature with the best iterate. With a ``limit``, a given η is compared
     once with limit/λ̂_max (at most ten products) and marked as too large for theory. An ``estimate``
     of both ends of the spectrum tells the two causes apart by the sign of the lower one. The second
-    estimate must exceed the first by the factor ``growth`` to be tried.
+    estimate must exceed the first by the factor ``growth`` to be tried. Where the host may not look
+    (see `may_look`), divergence is a flag and nothing is repaired.
     """
     memory = Memory() if memory is None else memory
     risky = None
@@ -263,7 +281,7 @@ def with_step_size(
             eta = eta.clamp(max=1.0)
     found = run(eta)
     found.safe_step, found.risky_step = risky, risky is not None
-    if not bool(found.diverged):
+    if not may_look() or not bool(found.diverged):
         return found
     size = estimate(operator, b, memory)
     if step_size is None and bool(size * eta > growth):

@@ -46,6 +46,7 @@ class SampleSpace(Solver):
     name: ClassVar[str] = "sample_space"
     needs_symmetric: ClassVar[bool] = True
     uses_start: ClassVar[bool] = False
+    pure: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.positive_int("SampleSpace", "max_bytes", self.max_bytes)

@@ -52,6 +52,7 @@ class SGDSolver(Solver):
 
     name: ClassVar[str] = "sgd"
     stochastic: ClassVar[bool] = True
+    pure: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.positive_int("SGDSolver", "num_steps", self.num_steps)

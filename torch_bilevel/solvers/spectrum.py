@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .base import Memory, Operator
 from .krylov import orthogonalise, small_dtype
+from .loops import constant, may_look, repeat
 
 
 def largest_eigenvalue(
@@ -36,13 +38,18 @@ def largest_eigenvalue(
     u = memory.eigenvector
     if u is None or u.shape != b.shape:
         u = _first(b)
-    value = torch.zeros((), dtype=b.dtype, device=b.device)
-    for _ in range(max_steps):
+    value = torch.zeros_like(u.sum())
+
+    def step(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        u, value, going = state
         Au = operator(u)
-        previous, value = value, torch.linalg.vector_norm(Au)
-        u = torch.where(value > 0, Au / value, u)
-        if bool((value - previous).abs() <= 0.02 * value):
-            break
+        size = torch.linalg.vector_norm(Au)
+        u = torch.where(going & (size > 0), Au / size, u)
+        still = going & ~((size - value).abs() <= 0.02 * size)
+        return u, torch.where(going, size, value), still
+
+    state = (u, value, torch.ones_like(value, dtype=torch.bool))
+    u, value, _ = repeat(step, state, max_steps, lambda s: s[2], may_look())
     memory.eigenvalue, memory.eigenvector, memory.smallest = value, u, None
     return value
 
@@ -94,20 +101,28 @@ def extreme_eigenvalues(
         # A v_j = β_{j−1} v_{j−1} + α_j v_j + β_j v_{j+1}
         w, h = orthogonalise(operator(V[j]), V[: j + 1])
         T[j, j], beta, size = h[j], torch.linalg.vector_norm(w), j + 1
-        if size == count or not bool(beta > 10 * eps * T.abs().max()):
+        if size == count:
             break
-        T[size, j], V[size] = beta, w / beta
+        more = beta > 10 * eps * T.abs().max()
+        if may_look() and not bool(more):
+            break
+        # where the host may not look, what would be beyond the Krylov space is zero
+        T[size, j] = torch.where(more, beta, 0.0)
+        V[size] = torch.where(more, w / beta, 0.0)
     T, V = T[:size, :size], V[:size]
-    if not bool(torch.isfinite(T).all()):
+    finite = torch.isfinite(T).all()
+    if may_look() and not bool(finite):
         return b.new_tensor(torch.nan)
+    T = torch.where(finite, T, 0.0)  # LAPACK does not accept it
     ritz, S = torch.linalg.eigh(T)  # reads the lower triangle
     ends = S[:, [0, -1]].T.to(b.dtype) @ V
     u = ends.sum(0)
-    largest = ritz.abs().max()
+    largest = ritz.abs().amax()
     zero = 100 * eps * largest
-    positive = ritz[ritz > zero]
-    smallest = ritz[0] if bool(ritz[0] < -zero) or not len(positive) else positive[0]
-    largest = largest.to(b.dtype)
+    positive = torch.where(ritz > zero, ritz, torch.inf).amin()
+    negative = (ritz[0] < -zero) | ~torch.isfinite(positive)
+    smallest = torch.where(negative, ritz[0], positive)
+    largest = torch.where(finite, largest, torch.nan).to(b.dtype)
     memory.eigenvalue, memory.smallest = largest, smallest.to(b.dtype)
     memory.eigenvector = u / torch.linalg.vector_norm(u)
     return largest
@@ -115,6 +130,13 @@ def extreme_eigenvalues(
 
 def _first(b: Tensor) -> Tensor:
     """A unit vector of normal numbers, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(b.shape, generator=generator, dtype=torch.float64).to(b)
+    u = _normal(b.numel()).to(b.device, b.dtype)
     return u / torch.linalg.vector_norm(u)
+
+
+@constant
+def _normal(size: int) -> Tensor:
+    """So many of them, of a generator of their own, which ``vmap`` must not see."""
+    with temporarily_clear_interpreter_stack():
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(size, generator=generator, dtype=torch.float64)

@@ -1,0 +1,10 @@
+"""The pure face: the library's estimators as functions of pytrees, for ``torch.func``."""
+
+from .hypergradients import Report as Report
+from .hypergradients import hypergradient as hypergradient
+from .root import implicit_fixed_point as implicit_fixed_point
+from .root import implicit_root as implicit_root
+from .rules import rule as rule
+from .tasks import TaskReport as TaskReport
+from .tasks import task_gradient as task_gradient
+from .unrolling import unroll as unroll

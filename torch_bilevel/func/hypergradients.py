@@ -1,0 +1,291 @@
+"""The hypergradient as a pure function of pytrees.
+
+    ∇Φ(x) = ∂_x f − J v,    (H + δ) v = ∂_y f        at any y, without a loop
+
+with H = ∂²_yy g and J v = ∂_x⟨∇_y g, v⟩, reverse over reverse. The solve is an equation whose
+solution is differentiable (see `equations`), so ∇Φ is a function like any other in ``torch.func``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import NeedsLoop, UnnamedClosure, UnsupportedTransform
+from ..estimators import Estimator, FiniteDifference, Implicit, Stochastic, parse
+from ..problem import scalar
+from ..second_order import second_order, untraced
+from ..solvers import Operator, Solver, differentiated, solution
+from .equations import System, numbers, solved, told
+from .levels import derivatives
+from .matrices import Jacobian
+from .trees import Flat, Operands
+
+Loss = Callable[[Any, Any, Any], Any]
+
+
+class Report(NamedTuple):
+    """How a hypergradient was found; 0-d tensors, or one per lane under ``vmap``.
+
+    Attributes:
+        loss: the outer loss.
+        norm: ‖∇Φ‖.
+        residual: ‖∂_y f − H v‖/‖∂_y f‖ of the linear solve; NaN where it is not known.
+        solver_steps: steps of the linear solve.
+        converged: its tolerance was met.
+        negative_curvature: a direction p with pᵀH p < 0 was met; v is the last good iterate.
+        curvature: pᵀH p/pᵀp there, or of the last direction.
+        diverged: the solver moved away from the solution.
+        adjoint: v, a pytree like the inner variables; ``adjoint=`` of the next call.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    residual: Tensor
+    solver_steps: Tensor
+    converged: Tensor
+    negative_curvature: Tensor
+    curvature: Tensor
+    diverged: Tensor
+    adjoint: Any
+
+
+class Hypergradient:
+    """∇Φ of two losses by an estimator; see `hypergradient`, which makes it."""
+
+    def __init__(self, inner_loss: Loss, outer_loss: Loss, estimator: Estimator):
+        self.inner_loss = inner_loss
+        self.outer_loss = outer_loss
+        self.estimator = estimator
+        self.solver, self.damping, self.warm = _solver_of(estimator)
+        self._looked = False  # whether closures were looked at
+
+    def __repr__(self) -> str:
+        names = (_name(loss) for loss in (self.inner_loss, self.outer_loss))
+        return f"hypergradient({', '.join(names)}, estimator={str(self.estimator)!r})"
+
+    def __call__(
+        self,
+        inner: Any,
+        outer: Any,
+        inner_batch: Any = None,
+        outer_batch: Any = None,
+        *,
+        adjoint: Any = None,
+    ) -> tuple[Any, Report]:
+        """The hypergradient at a point, and how it was found."""
+        call = self._call if torch.compiler.is_compiling() else untraced(self._call)
+        return call(inner, outer, inner_batch, outer_batch, adjoint)
+
+    def _call(
+        self, inner: Any, outer: Any, inner_batch: Any, outer_batch: Any, adjoint: Any
+    ) -> tuple[Any, Report]:
+        at_y, at_x = Flat(inner, "inner"), Flat(outer, "outer")
+        y, x = at_y.vector(inner), at_x.vector(outer)
+        start = None if adjoint is None else at_y.vector(adjoint, "adjoint")
+        batches = Operands((inner_batch, outer_batch))
+        if torch.compiler.is_compiling():
+            y, x, start = _compilable(y, x, start)
+
+        def value(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
+            batch = batches.tree(tensors)[which]
+            with _second_order():
+                found = loss(at_y.tree(y), at_x.tree(x), batch)
+            return scalar(found, _name(loss)).reshape(()).to(y.dtype)
+
+        def inner_gradient(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+            g = torch.func.grad(value, argnums=2)
+            return g(self.inner_loss, 0, y, x, *tensors)
+
+        tensors = batches.tensors
+        if not torch.compiler.is_compiling() and not self._looked:
+            self._look(value, (y, x, *tensors))
+        loss, pull = torch.func.vjp(  # type: ignore[misc]
+            lambda y, x: value(self.outer_loss, 1, y, x, *tensors), y, x
+        )
+        f_y, f_x = pull(torch.ones_like(loss))
+        if isinstance(self.estimator, FiniteDifference):
+            v, found = self._step(f_y)
+            Jv = self._difference(
+                lambda y, x: value(self.inner_loss, 0, y, x, *tensors), y, x, v
+            )
+        else:
+            v, found = self._solve(inner_gradient, f_y, start, (y, x, *tensors))
+            cross = torch.func.vjp(lambda x: inner_gradient(y, x, *tensors), x)[1]
+            (Jv,) = cross(v)
+        gradient = f_x - Jv
+        norm = torch.linalg.vector_norm(gradient.detach())
+        report = Report(loss.detach(), norm, *told(found), at_y.tree(v.detach()))
+        return at_x.tree(gradient), report
+
+    def _look(self, value: Callable[..., Tensor], at: Sequence[Tensor]) -> None:
+        """Once, whether a loss depends on something that is differentiated and no argument.
+
+        Raises:
+            UnnamedClosure: it does; the derivative of the hypergradient would miss it.
+        """
+        with torch.enable_grad():
+            constants = [tensor.detach() for tensor in at]
+            for which, loss in enumerate((self.inner_loss, self.outer_loss)):
+                if derivatives(value(loss, which, *constants)):
+                    raise UnnamedClosure(
+                        f"{self!r}: {_name(loss)} depends on a tensor that requires a gradient and "
+                        "is none of its arguments; derivatives would miss it. Pass it as inner, "
+                        "outer or in the batch (for a module: torch.func.functional_call), or "
+                        "detach() it."
+                    )
+        self._looked = True
+
+    def _solve(
+        self,
+        inner_gradient: Callable[..., Tensor],
+        f_y: Tensor,
+        start: Tensor | None,
+        rest: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Solve (H + δ) v = ∂_y f; v, and the numbers of the solve."""
+
+        def damped(y: Tensor, *others: Tensor) -> Tensor:
+            g_y = inner_gradient(y, *others)
+            return g_y + self.damping * y if self.damping else g_y
+
+        start = start if self.warm else None
+        matrix = Jacobian(damped, symmetric=True)
+        system = System(matrix, self.solver, repr(self), reported=True)
+        if not self.solver.solves:  # v is what it is, an explicit function of ∂_y f
+            found = self.solver.solve(Operator(torch.neg, f_y.numel()), f_y)
+            return found.value, numbers(found)
+        if torch.compiler.is_compiling():
+            start = f_y.new_zeros(0) if start is None else start
+            v, found = system.solve(f_y, start, *rest)
+        else:
+            v, found = solved(system, f_y, start, rest)
+        return v, found
+
+    def _step(self, f_y: Tensor) -> tuple[Tensor, Tensor]:
+        """One step (DARTS), v = η ∂_y f; nothing is solved."""
+        assert isinstance(self.estimator, FiniteDifference)
+        v = (self.estimator.step_size or 0.0) * f_y
+        return v, numbers(solution(v, torch.full_like(v.sum(), torch.nan)))
+
+    def _difference(
+        self, g: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor, v: Tensor
+    ) -> Tensor:
+        """J v ≈ ‖v‖ [∇_x g(x, y + R v̂) − ∇_x g(x, y − R v̂)]/(2 R)."""
+        assert isinstance(self.estimator, FiniteDifference)
+        radius, zero = self.estimator.radius, (v == 0).all()
+        norm = torch.linalg.vector_norm(torch.where(zero, 1.0, v))
+        step = radius * torch.where(zero, 0.0, v / norm)
+        g_x = torch.func.grad(g, argnums=1)
+        difference = g_x(y + step, x) - g_x(y - step, x)
+        return torch.where(zero, 0.0, norm / (2 * radius)) * difference
+
+
+def hypergradient(
+    inner_loss: Loss, outer_loss: Loss, estimator: str | Estimator | Solver = "cg"
+) -> Hypergradient:
+    r"""The hypergradient of two losses, as a pure function.
+
+        ∇Φ(x) = ∂_x f(x, y) − J v,    (H + δ) v = ∂_y f,    H = ∂²_yy g,    J v = ∂_x⟨∇_y g, v⟩
+
+    ``hypergradient(g, f)(inner, outer, inner_batch, outer_batch, adjoint=None)`` returns
+    (gradient, report): a pytree like ``outer`` and a `Report`, whose ``adjoint`` starts the next
+    solve. It takes y as it is; ∇Φ is that of y*(x) as far as ∇_y g = 0 there.
+
+    Works under ``vmap`` (every lane stops on its own), ``grad``, ``jvp``, ``jacrev`` and
+    combinations, and inside ``torch.compile(fullgraph=True)``. Derivatives of the hypergradient
+    take v for the solution of its system, whatever solver found it, and cost a solve more; they
+    are those at fixed y: for ∇²Φ let y be the result of `implicit_root`. Compiled, it is not
+    differentiated. Nothing raises because of values: look at ``report.converged``, ``.diverged``.
+
+    Costs: f and its gradient; three gradients for the linearisations and about one a product. Under
+    ``vmap`` "cg" stops when every lane has; other solvers take all steps that they may.
+
+    Args:
+        inner_loss: g, ``(inner, outer, inner_batch) -> scalar``, twice differentiable.
+        outer_loss: f, ``(inner, outer, outer_batch) -> scalar``.
+        estimator: name, name with options or object, as in `BilevelOptimizer`. Implicit ones with a
+            deterministic solver; ``stochastic_neumann``, ``stochastic_richardson`` (on the one
+            batch given); ``darts(step_size=...)``. Options about a recorded loop have no effect.
+
+    Returns:
+        The function.
+
+    Raises:
+        NeedsLoop: the estimator differentiates recorded steps, draws samples or remembers.
+        UnsupportedTransform: a derivative of it is compiled.
+        UnnamedClosure: a loss reaches, in its first call, a tensor that requires a gradient and is
+            none of its arguments.
+        UnsupportedParameter: a leaf of ``inner`` or ``outer`` is no floating-point tensor.
+        InvalidLoss: a loss is not a scalar.
+
+    Example:
+        >>> import torch, torch_bilevel as tb
+        >>> def g(y, x, batch):                       # y* = x/2
+        ...     return ((y["w"] - x) ** 2 + y["w"] ** 2).sum()
+        >>> def f(y, x, batch):
+        ...     return ((y["w"] - batch) ** 2).sum()
+        >>> gradient = tb.func.hypergradient(g, f, estimator="cg(max_steps=5)")
+        >>> x = torch.tensor([2., 4.])
+        >>> found, report = gradient({"w": x / 2}, x, None, torch.zeros(2))
+        >>> found, report.adjoint
+        (tensor([1., 2.]), {'w': tensor([0.5000, 1.0000])})
+    """
+    return Hypergradient(inner_loss, outer_loss, parse(estimator))
+
+
+def _solver_of(estimator: Estimator) -> tuple[Solver, float, bool]:
+    """The solver, the damping and whether a start is used.
+
+    Raises:
+        NeedsLoop: it is no function of two losses and a point.
+    """
+    why = "it differentiates, or follows, recorded steps"
+    use = "'cg', which needs none, or tb.func.unroll, which takes the steps itself"
+    if isinstance(estimator, FiniteDifference):
+        if estimator.step_size is not None:
+            return Implicit().solver, 0.0, False
+        why = "its step is the learning rate of an inner optimizer"
+        use = "'darts(step_size=0.1)'"
+    elif isinstance(estimator, (Implicit, Stochastic)):
+        if isinstance(estimator, Implicit) and estimator.certify:
+            why = "certify=True needs BilevelOptimizer.smoothness"
+            use = "the estimator without it"
+        elif estimator.directs:
+            why = "it remembers earlier directions"
+            use = "the estimator without memory="
+        elif not estimator.solver.pure:
+            why = f"{type(estimator.solver).__name__} needs more than a linear system"
+            use = "'cg', 'direct', 'neumann' or 'stochastic_neumann'"
+        else:
+            return estimator.solver, estimator.damping, estimator.warm_start
+    raise NeedsLoop(
+        f"estimator={str(estimator)!r} cannot be used in tb.func.hypergradient, which sees two "
+        f"functions at one point: {why}. Take {use}; or tb.BilevelOptimizer, which has a loop."
+    )
+
+
+def _compilable(y: Tensor, x: Tensor, start: Tensor | None) -> Any:
+    """Variables for a compiled hypergradient, which is not differentiated."""
+    if differentiated():
+        raise UnsupportedTransform(
+            "tb.func.hypergradient is differentiated inside torch.compile, which cannot trace the "
+            "rule of its derivative. Differentiate outside: torch.func.grad(...) of the function "
+            "that is not compiled; torch.compile(vmap(...)) and torch.compile(...) alone work."
+        )
+    return y.detach(), x.detach(), None if start is None else start.detach()
+
+
+def _second_order() -> Any:
+    """The region of `second_order`, where it can be entered."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return second_order()
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

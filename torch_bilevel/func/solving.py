@@ -1,0 +1,79 @@
+"""A solver that may be any program, run on plain tensors under any transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .trees import Operands
+
+
+class Undifferentiated(torch.autograd.Function):
+    """What a solver returns, as tensors without derivative."""
+
+    @staticmethod
+    def forward(run: Run, *tensors: Tensor) -> Any:  # type: ignore[override]
+        """Run the solver on plain tensors."""
+        with torch.enable_grad():  # solvers may differentiate
+            return tuple(
+                found.detach() for found in run(*(t.detach() for t in tensors))
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Its results have no derivative."""
+        ctx.mark_non_differentiable(*output)
+        ctx.count = len(output), len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Any) -> Any:  # type: ignore[override]
+        """None for every argument."""
+        return (None,) * ctx.count[1]
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:  # type: ignore[override]
+        """None for every result."""
+        return (None,) * ctx.count[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, run: Any, *tensors: Tensor) -> Any:  # type: ignore[override]
+        """One lane after the other."""
+        lanes = []
+        for lane in range(info.batch_size):
+            own = [
+                t if dim is None else t.select(dim, lane)
+                for t, dim in zip(tensors, in_dims[1:], strict=True)
+            ]
+            lanes.append(Undifferentiated.apply(run, *own))
+        return tuple(map(torch.stack, zip(*lanes, strict=True))), 0
+
+
+class Run:
+    """A solver on flat lists of tensors; the structure of what it returns is seen when it ran."""
+
+    def __init__(self, solve: Callable[..., Any], arguments: Operands, like: Any):
+        self.solve = solve
+        self.arguments = arguments
+        self.like = [x for x in pytree.tree_leaves(like) if isinstance(x, Tensor)]
+        self.returned: Operands | None = None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors of what the solver returns."""
+        initial, outer, data = self.arguments.tree(tensors)
+        found = pytree.tree_map(self._tensor, self.solve(initial, outer, *data))
+        self.returned = Operands(found)
+        return self.returned.tensors
+
+    def _tensor(self, leaf: Any) -> Any:
+        """A NumPy array or a number as a tensor, in the dtype of the start."""
+        if isinstance(leaf, Tensor) or not hasattr(leaf, "__array__"):
+            if not isinstance(leaf, float):
+                return leaf
+        like = self.like[0] if self.like else torch.empty(())
+        found = torch.as_tensor(leaf)
+        real = found.is_floating_point() and like.is_floating_point()
+        return found.to(like.device, like.dtype if real else found.dtype)
