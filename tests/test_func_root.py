@@ -401,6 +401,66 @@ def test_an_unnamed_closure_is_an_error():
     torch.testing.assert_close(t.grad, torch.full((2,), 3.0))
 
 
+class Layer(torch.nn.Module):
+    """z = √(a x), the fixed point of Heron's map."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        @tb.func.implicit_fixed_point(
+            lambda z, x: (z + self.a * x / z) / 2, parameters=self
+        )
+        def solve(z, x):
+            return (self.a * x).sqrt()
+
+        return solve(torch.ones_like(x), x)
+
+
+def test_a_module_under_functional_call():
+    """The backward pass runs when the module has its own parameters again."""
+    model, x = Layer(), torch.tensor(2.0)
+
+    def out(a, x=x):
+        return torch.func.functional_call(model, {"a": a}, (x,))
+
+    a = torch.tensor(8.0)
+    assert float(grad(out)(a)) == pytest.approx(0.125 * 2)  # √(x/a)/2
+    assert float(grad(lambda x: out(a, x))(x)) == pytest.approx(1.0)
+    leaf = a.clone().requires_grad_()
+    out(leaf).backward()
+    assert float(leaf.grad) == pytest.approx(0.25) and model.a.grad is None
+    many = vmap(grad(out))(torch.tensor([2.0, 8.0]))
+    torch.testing.assert_close(many, torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(
+        hessian(out)(a), torch.tensor(-(2**0.5) / 4 * 8 ** (-1.5))
+    )
+    model(x).backward()
+    assert float(model.a.grad) == pytest.approx(0.5)
+
+
+def test_a_batched_closure_is_an_error():
+    def of(d):
+        root = tb.func.implicit_root(lambda y, x: y - d * x)(lambda i, x: 2 * x)
+        return root(None, torch.ones(3)).sum()
+
+    with pytest.raises(tb.UnnamedClosure, match="batches"):
+        vmap(of)(torch.ones(3))
+
+
+def test_a_solver_may_write_into_its_start():
+    @tb.func.implicit_root(lambda y, x: y - x)
+    def solve(y, x):
+        return y.add_(x)
+
+    start = torch.zeros(2)
+    torch.testing.assert_close(
+        vmap(lambda x: solve(start, x))(torch.eye(2)), torch.eye(2)
+    )
+    assert torch.equal(start, torch.zeros(2))
+
+
 def test_what_can_be_named():
     with pytest.raises(tb.UnsupportedParameter, match="a str"):
         tb.func.implicit_root(lambda y, x: y - x, parameters="model")(lambda i, x: x)(
@@ -452,6 +512,8 @@ def test_supplied_products():
         backwards = "hvp_transpose" if "hvp_transpose" in options else "hvp"
         assert set(calls) == {backwards, "cross"}
         torch.testing.assert_close(jacfwd(root, argnums=1)(None, x), expected)
+    with pytest.raises(tb.UnsupportedParameter, match="Pass the parameters in outer"):
+        tb.func.implicit_root(None, hvp=hvp, cross=cross, parameters=[A])
     missing = tb.func.implicit_root(None, hvp=hvp)(solve)
     with pytest.raises(tb.UnsupportedParameter, match="optimality is None"):
         jacrev(missing, argnums=1)(None, x)

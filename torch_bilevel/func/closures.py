@@ -53,13 +53,17 @@ class Named:
 
     def __init__(self, parameters: Any, owner: str):
         found: dict[int, Tensor] = {}
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
         if isinstance(parameters, Iterable) and not isinstance(
             parameters, (Tensor, dict, list, tuple)
         ):
             parameters = list(parameters)
         for leaf in pytree.tree_leaves(parameters):
             if isinstance(leaf, nn.Module):
-                found.update((id(p), p) for p in leaf.parameters())
+                for module in leaf.modules():
+                    for name, p in module.named_parameters(recurse=False):
+                        found[id(p)] = p
+                        places.setdefault(id(p), []).append((module, name))
             elif isinstance(leaf, Tensor):
                 found[id(leaf)] = leaf
             else:
@@ -68,10 +72,15 @@ class Named:
                     "tensors, such as parameters=model or parameters=[a, b]."
                 )
         self.tensors = list(found.values())
+        self.places = [places.get(key, []) for key in found]
 
     def replaced_by(self, tensors: Sequence[Tensor]) -> Any:
         """A region in which operations see these tensors in their place."""
         if not self.tensors:
             return contextlib.nullcontext()
-        pairs = zip(self.tensors, tensors, strict=True)
-        return _Replacing({id(old): new for old, new in pairs})
+        others = {}
+        for old, places, new in zip(self.tensors, self.places, tensors, strict=True):
+            others[id(old)] = new
+            # what stands there now: functional_call may have come or gone since
+            others.update((id(getattr(*place)), new) for place in places)
+        return _Replacing(others)

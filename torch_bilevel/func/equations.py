@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import UnsolvedWarning
 from ..solvers import Operator, Solution, Solver, may_look, transformed
 from .levels import refuse_forward_over_forward
-from .matrices import Below, Jacobian, Matrix, lanes_at
+from .matrices import Below, Jacobian, Matrix, lanes_at, with_lanes
 from .trees import pull, push
 
 
@@ -85,9 +85,11 @@ class System(Equation):
         b, start, *rest = theta
         rest = rest[self.skip :]
         if transformed() and not torch.compiler.is_compiling():
-            if self.solver.batched and isinstance(self.matrix, Jacobian):
-                return _Lanes.apply(self, b, start, *rest)  # type: ignore[return-value]
-            b = _with_lanes(b, rest)
+            matrix = self.matrix
+            if self.solver.batched and isinstance(matrix, Jacobian):
+                if matrix.trusted(*rest):
+                    return _Lanes.apply(self, b, start, *rest)  # type: ignore[return-value]
+            b = with_lanes(b, rest)
         return self.solve_here(b, start, *rest)
 
     def solve_here(self, b: Tensor, start: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -176,17 +178,6 @@ class _Lanes(Below):
         matrix = system.matrix.of_lanes(dims[3:], info.randomness)
         every = replace(system, matrix=matrix, skip=0)
         return _Lanes.apply(every, b, start, y, *tensors[3:]), (0, 0)
-
-
-def _with_lanes(b: Tensor, rest: Sequence[Tensor]) -> Tensor:
-    """b, with a lane for each of what A depends on: solvers write into what is made from b."""
-    if not transformed():
-        return b
-    for tensor in rest:
-        if tensor.numel():
-            other = tensor.reshape(-1)[0].to(b.dtype)
-            b = torch.where(torch.zeros_like(other, dtype=torch.bool), other, b)
-    return b
 
 
 def solved(

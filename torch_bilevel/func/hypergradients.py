@@ -8,7 +8,6 @@ solution is differentiable (see `equations`), so ∇Φ is a function like any ot
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,11 @@ from torch import Tensor
 from ..errors import NeedsLoop, UnnamedClosure, UnsupportedTransform
 from ..estimators import Estimator, FiniteDifference, Implicit, Stochastic, parse
 from ..problem import scalar
-from ..second_order import second_order, untraced
-from ..solvers import Operator, Solver, differentiated, solution
+from ..second_order import untraced
+from ..solvers import Operator, Solver, differentiated, solution, transformed
 from .equations import System, numbers, solved, told
-from .levels import derivatives
-from .matrices import Jacobian
+from .evaluation import Draws, evaluating, reaches_others, refuse_inference_mode
+from .matrices import Jacobian, Trust
 from .trees import Flat, Operands
 
 Loss = Callable[[Any, Any, Any], Any]
@@ -41,6 +40,8 @@ class Report(NamedTuple):
         curvature: pᵀH p/pᵀp there, or of the last direction.
         diverged: the solver moved away from the solution.
         adjoint: v, a pytree like the inner variables; ``adjoint=`` of the next call.
+
+    All of it is detached: nothing is differentiated through a report.
     """
 
     loss: Tensor
@@ -63,6 +64,7 @@ class Hypergradient:
         self.estimator = estimator
         self.solver, self.damping, self.warm = _solver_of(estimator)
         self._looked = False  # whether closures were looked at
+        self._trust = Trust()
 
     def __repr__(self) -> str:
         names = (_name(loss) for loss in (self.inner_loss, self.outer_loss))
@@ -84,6 +86,7 @@ class Hypergradient:
     def _call(
         self, inner: Any, outer: Any, inner_batch: Any, outer_batch: Any, adjoint: Any
     ) -> tuple[Any, Report]:
+        refuse_inference_mode("tb.func.hypergradient")
         at_y, at_x = Flat(inner, "inner"), Flat(outer, "outer")
         y, x = at_y.vector(inner), at_x.vector(outer)
         start = None if adjoint is None else at_y.vector(adjoint, "adjoint")
@@ -91,9 +94,12 @@ class Hypergradient:
         if torch.compiler.is_compiling():
             y, x, start = _compilable(y, x, start)
 
+        tensors, batches.tensors = batches.tensors, []  # not to be kept alive
+        draws = tuple(Draws([y, *tensors]) for _ in range(2))  # of g and of f
+
         def value(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
             batch = batches.tree(tensors)[which]
-            with _second_order():
+            with evaluating(), draws[which]():
                 found = loss(at_y.tree(y), at_x.tree(x), batch)
             return scalar(found, _name(loss)).reshape(()).to(y.dtype)
 
@@ -101,8 +107,7 @@ class Hypergradient:
             g = torch.func.grad(value, argnums=2)
             return g(self.inner_loss, 0, y, x, *tensors)
 
-        tensors = batches.tensors
-        if not torch.compiler.is_compiling() and not self._looked:
+        if not torch.compiler.is_compiling() and (transformed() or not self._looked):
             self._look(value, (y, x, *tensors))
         loss, pull = torch.func.vjp(  # type: ignore[misc]
             lambda y, x: value(self.outer_loss, 1, y, x, *tensors), y, x
@@ -123,21 +128,21 @@ class Hypergradient:
         return at_x.tree(gradient), report
 
     def _look(self, value: Callable[..., Tensor], at: Sequence[Tensor]) -> None:
-        """Once, whether a loss depends on something that is differentiated and no argument.
+        """Whether a loss depends on something differentiated or batched that is no argument.
+
+        In plain code once; under transforms, which put other things into closures, in every call.
 
         Raises:
-            UnnamedClosure: it does; the derivative of the hypergradient would miss it.
+            UnnamedClosure: it does.
         """
-        with torch.enable_grad():
-            constants = [tensor.detach() for tensor in at]
-            for which, loss in enumerate((self.inner_loss, self.outer_loss)):
-                if derivatives(value(loss, which, *constants)):
-                    raise UnnamedClosure(
-                        f"{self!r}: {_name(loss)} depends on a tensor that requires a gradient and "
-                        "is none of its arguments; derivatives would miss it. Pass it as inner, "
-                        "outer or in the batch (for a module: torch.func.functional_call), or "
-                        "detach() it."
-                    )
+        for which, loss in enumerate((self.inner_loss, self.outer_loss)):
+            if reaches_others(lambda *at, w=which, f=loss: value(f, w, *at), at):
+                raise UnnamedClosure(
+                    f"{self!r}: {_name(loss)} depends on a tensor that requires a gradient, or "
+                    "that a transform around differentiates or batches, and that is none of its "
+                    "arguments; it would be missed. Pass it as inner, outer or in the batch (for a "
+                    "module: torch.func.functional_call), or detach() it."
+                )
         self._looked = True
 
     def _solve(
@@ -154,7 +159,7 @@ class Hypergradient:
             return g_y + self.damping * y if self.damping else g_y
 
         start = start if self.warm else None
-        matrix = Jacobian(damped, symmetric=True)
+        matrix = Jacobian(damped, symmetric=True, trust=self._trust)
         system = System(matrix, self.solver, repr(self), reported=True)
         if not self.solver.solves:  # v is what it is, an explicit function of ∂_y f
             found = self.solver.solve(Operator(torch.neg, f_y.numel()), f_y)
@@ -201,6 +206,9 @@ def hypergradient(
     take v for the solution of its system, whatever solver found it, and cost a solve more; they
     are those at fixed y: for ∇²Φ let y be the result of `implicit_root`. Compiled, it is not
     differentiated. Nothing raises because of values: look at ``report.converged``, ``.diverged``.
+
+    A loss that draws random numbers (dropout) draws the same ones in every evaluation of a call;
+    compiled it draws new ones in every product: pass noise in the batch there.
 
     Costs: f and its gradient; three gradients for the linearisations and about one a product. Under
     ``vmap`` "cg" stops when every lane has; other solvers take all steps that they may.
@@ -278,13 +286,6 @@ def _compilable(y: Tensor, x: Tensor, start: Tensor | None) -> Any:
             "that is not compiled; torch.compile(vmap(...)) and torch.compile(...) alone work."
         )
     return y.detach(), x.detach(), None if start is None else start.detach()
-
-
-def _second_order() -> Any:
-    """The region of `second_order`, where it can be entered."""
-    if torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return second_order()
 
 
 def _name(function: Any) -> str:

@@ -91,6 +91,14 @@ def plain(tensor: Tensor) -> Tensor:
         return lanes.select(_functorch.maybe_get_bdim(tensor), 0)
 
 
+def every(tensor: Tensor) -> Tensor:
+    """All lanes of a tensor, a constant that no transform knows of."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    with temporarily_clear_interpreter_stack():
+        return tensor.detach()
+
+
 def refuse_forward_over_forward(tensors: Iterable[Tensor], what: str) -> None:
     """Raise where two forward modes meet in what is to become a custom function.
 
@@ -104,6 +112,9 @@ def refuse_forward_over_forward(tensors: Iterable[Tensor], what: str) -> None:
     Raises:
         ForwardOverForward: the operands carry two levels of forward mode.
     """
+    stack = _functorch.get_interpreter_stack() or []
+    if not any(level.key() == _functorch.TransformType.Jvp for level in stack):
+        return  # at most the one of dual numbers; looking at every tensor takes time
     seen = {pair for tensor in tensors for pair in derivatives(tensor)}
     count = sum(kind == "Jvp" for _, kind in seen)
     if count > 1:

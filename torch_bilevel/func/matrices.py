@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..solvers import transformed
+from ..solvers import normal, transformed
+from .levels import batches, every
 
 Product = Callable[[Tensor], Tensor]
 
@@ -45,6 +47,18 @@ class Matrix(abc.ABC):
         )
 
 
+@dataclass
+class Trust:
+    """Whether records below ``vmap`` give the products that ``vmap`` itself gives.
+
+    They do, but where PyTorch batches a second derivative wrongly: in torch 2.13 those of
+    ``layer_norm``, ``batch_norm`` and ``instance_norm`` with a batched weight. So one product is
+    compared, once for every function and every choice of what is batched.
+    """
+
+    below: dict[Any, bool] = field(default_factory=dict)
+
+
 class Jacobian(Matrix):
     """The derivative of ``function(y, *rest)`` with respect to y, with θ = (y, *rest).
 
@@ -53,11 +67,32 @@ class Jacobian(Matrix):
     Args:
         function: of flat vectors y, of the size of y.
         symmetric: it is a gradient.
+        trust: shared by all Jacobians of the same function.
     """
 
-    def __init__(self, function: Callable[..., Tensor], symmetric: bool):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        symmetric: bool,
+        trust: Trust | None = None,
+    ):
         self.function = function
         self.symmetric = symmetric
+        self.trust = trust or Trust()
+
+    def trusted(self, *theta: Tensor) -> bool:
+        """Whether to record below the transforms that are active."""
+        batched = tuple(len(batches(tensor)) for tensor in theta)
+        if batched not in self.trust.below:
+            y, *rest = theta
+            probe = normal(y.shape[-1]).to(y.device, y.dtype).expand_as(y)
+            fast = Record(self.function, y, rest, below=True)(probe)
+            y = with_lanes(y, rest)
+            slow = self.transposed(with_lanes(probe, [y]), y, *rest)
+            off, size = (every(x).abs().amax() for x in (fast - slow, slow))
+            tolerance = torch.finfo(y.dtype).eps ** 0.5
+            self.trust.below[batched] = bool(off <= tolerance * size)
+        return self.trust.below[batched]
 
     def product(self, v: Tensor, *theta: Tensor) -> Tensor:
         """See `Matrix.product`."""
@@ -76,7 +111,7 @@ class Jacobian(Matrix):
         function = torch.func.vmap(
             self.function, in_dims=(0, *dims), randomness=randomness
         )
-        return Jacobian(function, self.symmetric)
+        return Jacobian(function, self.symmetric, self.trust)
 
     def linearised(self, *theta: Tensor) -> tuple[Product, Product]:
         """See `Matrix.linearised`."""
@@ -84,14 +119,17 @@ class Jacobian(Matrix):
             # the body of a compiled loop is a program of its own and cannot read a record
             return super().linearised(*theta)
         y, *rest = theta
-        transposed = Record(self.function, y, rest)
+        below = transformed() and not torch.compiler.is_compiling()
+        below = below and self.trusted(*theta)
+        y = with_lanes(y, rest)
+        transposed = Record(self.function, y, rest, below)
         if self.symmetric:
             return transposed, transposed
         made: list[Product] = []
 
         def product(v: Tensor) -> Tensor:
             if not made:  # a solver may need only one of the two
-                made.append(Record(self.transposed, torch.zeros_like(v), theta))
+                made.append(Record(self.transposed, torch.zeros_like(v), theta, below))
             return made[0](v)
 
         return product, transposed
@@ -104,30 +142,30 @@ class Record:
         function: ``function(y, *rest)``.
         y: where.
         rest: what else it depends on.
+        below: record below the transforms that are active, of all lanes at once.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], y: Tensor, rest: Sequence[Tensor]
+        self,
+        function: Callable[..., Tensor],
+        y: Tensor,
+        rest: Sequence[Tensor],
+        below: bool,
     ):
         self.function = function
         self.pull: Callable[[Tensor], Any] | None = None
         self.lanes: Record | None = None
+        self.like = y
         self.mark: Tensor | None = None  # has a lane wherever the record has
-        if transformed() and not torch.compiler.is_compiling():
+        if below:
             self.mark = _Recording.apply(self, y, *rest)  # type: ignore[assignment]
         else:
             self.record(y, rest)
 
     def record(self, y: Tensor, rest: Sequence[Tensor]) -> None:
         """Run the function."""
-        if transformed() or torch.compiler.is_compiling():
-            pull = torch.func.vjp(lambda y: self.function(y, *rest), y)[1]
-            self.pull = lambda u: pull(u)[0]
-            return
-        with torch.enable_grad():  # the same by autograd alone, which records no products
-            y = y.detach().requires_grad_()
-            found = self.function(y, *rest)
-        self.pull = lambda u: _back(found, y, u)
+        self.like = y
+        self.pull = torch.func.vjp(lambda y: self.function(y, *rest), y)[1]
 
     def __call__(self, u: Tensor, more: int = 0) -> Tensor:
         """A product; of many vectors at once, where ``more`` dimensions precede them."""
@@ -139,40 +177,21 @@ class Record:
         """A product at the level of the record."""
         pull = self.pull
         assert pull is not None
+        u = with_lanes(u, [self.like])
         for _ in range(more):
             pull = torch.func.vmap(pull)
-        return pull(u)
-
-
-def _back(found: Tensor, y: Tensor, u: Tensor) -> Tensor:
-    """(∂found/∂y)ᵀ u; zero where found does not depend on y."""
-    if not found.requires_grad:
-        return torch.zeros_like(y)
-    (bar,) = torch.autograd.grad(
-        found, y, u, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return bar
+        return pull(u)[0]
 
 
 class Below(torch.autograd.Function):
-    """A function that is run below the transforms that are active; it has no derivative."""
+    """A function that is run below the transforms that are active.
+
+    It has no derivative and is asked for none: solvers run where nothing is differentiated.
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Nothing is kept."""
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*outputs)
-        ctx.count = len(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *bars: Any) -> Any:  # type: ignore[override]
-        """None for every argument."""
-        return (None,) * ctx.count
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:  # type: ignore[override]
-        """None."""
-        return None
 
 
 class _Recording(Below):
@@ -190,7 +209,8 @@ class _Recording(Below):
         function = torch.func.vmap(
             record.function, in_dims=(0, *dims), randomness=info.randomness
         )
-        record.lanes = Record(function, lanes_at(y, dim, 0, info.batch_size), rest)
+        y = lanes_at(y, dim, 0, info.batch_size)
+        record.lanes = Record(function, y, rest, below=transformed())
         mark = record.lanes.mark
         mark = y.new_zeros(()) if mark is None else mark
         return mark.expand(info.batch_size), 0
@@ -220,3 +240,14 @@ def lanes_at(tensor: Tensor, dim: int | None, at: int, count: int) -> Tensor:
     shape = list(tensor.shape)
     shape.insert(at, count)
     return tensor.unsqueeze(at).expand(shape)
+
+
+def with_lanes(b: Tensor, rest: Sequence[Tensor]) -> Tensor:
+    """The tensor with a lane wherever others have one, for what is written into without copying."""
+    if not transformed():
+        return b
+    for tensor in rest:
+        if tensor.numel():
+            other = tensor.reshape(-1)[0].to(b.dtype)
+            b = torch.where(torch.zeros_like(other, dtype=torch.bool), other, b)
+    return b

@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UnnamedClosure, UnsupportedParameter
 from ..estimators import Implicit, parse
-from ..second_order import opaque, second_order
+from ..second_order import opaque
 from ..solvers import Solver
 from .closures import Named
 from .equations import Equation, System, implicit
-from .levels import derivatives
-from .matrices import Jacobian, Matrix
+from .evaluation import Draws, evaluating, reaches_others, refuse_inference_mode
+from .matrices import Jacobian, Matrix, Trust
 from .solving import Run, Undifferentiated
 from .trees import Flat, Operands
 
@@ -69,6 +69,12 @@ class Root(Equation):
         self.operands = operands
         self.named = named
         self.symmetric = solver.needs_symmetric
+        self.draws = Draws(operands.tensors)
+        self.trust = Trust()
+        self.count = len(operands.tensors)
+        outer, _ = operands.tree(operands.tensors)
+        tensors = [x for x in pytree.tree_leaves(outer) if isinstance(x, Tensor)]
+        self.shapes = [tuple(x.shape) for x in tensors]  # of the tensors of x
 
     def solve(self, *theta: Tensor) -> tuple[Tensor, ...]:
         """The solution found."""
@@ -76,7 +82,7 @@ class Root(Equation):
 
     def arguments(self, theta: Sequence[Tensor]) -> Any:
         """(x, *data)."""
-        outer, data = self.operands.tree(theta[1 : 1 + len(self.operands.tensors)])
+        outer, data = self.operands.tree(theta[1 : 1 + self.count])
         return outer, *data
 
     def residual(self, y: Tensor, *theta: Tensor) -> Tensor:
@@ -87,14 +93,14 @@ class Root(Equation):
                 "None. Give optimality=, or all of hvp=, cross= (reverse mode) and "
                 "cross_transpose= (forward mode)."
             )
-        named = theta[1 + len(self.operands.tensors) :]
-        with second_order(), self.named.replaced_by(named):
+        named = theta[1 + self.count :]
+        with evaluating(), self.draws(), self.named.replaced_by(named):
             found = self.optimality(self.flat.tree(y), *self.arguments(theta))
-        return self.flat.vector(found, "what the optimality condition returned")
+            return self.flat.vector(found, "what the optimality condition returned")
 
     def tangent(self) -> System:
         """∂_y F; see `Equation.tangent`."""
-        matrix: Matrix = Jacobian(self.residual, self.symmetric)
+        matrix: Matrix = Jacobian(self.residual, self.symmetric, self.trust)
         if self.products.hvp is not None:
             matrix = Supplied(self)
         return System(matrix, self.solver, self.owner)
@@ -113,7 +119,7 @@ class Root(Equation):
             self.flat.tree(u), self.flat.tree(y), *self.arguments(theta)
         )
         bars: list[Tensor | None] = [None] * len(theta)
-        bars[1 : 1 + len(self._outer())] = self._outer_leaves(found, "cross")
+        bars[1 : 1 + len(self.shapes)] = self._outer_leaves(found, "cross")
         return bars
 
     def push(
@@ -122,30 +128,23 @@ class Root(Equation):
         """∂_θ F θ̇; see `Equation.push`."""
         if self.products.cross_transpose is None:
             return super().push(y, theta, dots)
-        count = len(self._outer())
+        count = len(self.shapes)
         pairs = zip(theta[1 : 1 + count], dots[1 : 1 + count], strict=True)
         filled = [torch.zeros_like(t) if d is None else d for t, d in pairs]
-        outer = self.operands.tree([*filled, *theta[1 + count :]])[0]
+        outer = self.operands.tree([*filled, *theta[1 + count : 1 + self.count]])[0]
         found = self.products.cross_transpose(
             outer, self.flat.tree(y), *self.arguments(theta)
         )
         return self.flat.vector(found, "what cross_transpose returned")
 
-    def _outer(self) -> list[Tensor]:
-        """The tensors of x, which come first."""
-        outer, _ = self.operands.tree(self.operands.tensors)
-        return [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, Tensor)]
-
     def _outer_leaves(self, found: Any, name: str) -> list[Tensor]:
         """What a supplied product returned for x, as a list."""
         leaves = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor)]
-        shapes, expected = (
-            [tuple(x.shape) for x in each] for each in (leaves, self._outer())
-        )
-        if shapes != expected:
+        shapes = [tuple(x.shape) for x in leaves]
+        if shapes != self.shapes:
             raise UnsupportedParameter(
                 f"{self.owner}: {name} must return a pytree like outer, with tensors of shapes "
-                f"{expected}; got {shapes}."
+                f"{self.shapes}; got {shapes}."
             )
         return leaves
 
@@ -174,7 +173,8 @@ class Supplied(Matrix):
     def _apply(self, given: Any, v: Tensor, theta: Sequence[Tensor]) -> Tensor:
         y, *others = theta
         flat, arguments = self.root.flat, self.root.arguments(others)
-        found = given(flat.tree(v), flat.tree(y), *arguments)
+        with evaluating():
+            found = given(flat.tree(v), flat.tree(y), *arguments)
         return flat.vector(found, "what a supplied product returned")
 
 
@@ -218,7 +218,7 @@ def implicit_root(
             matrix, such as ``"cg"`` and ``"minres"``, say that ∂_y F is symmetric (F a gradient).
         has_aux: ``solve`` returns (solution, aux); aux passes through, without derivative.
         parameters: modules or tensors that F or ``solve`` reach by closure and that are to be
-            differentiated.
+            differentiated; not with supplied products.
         hvp: ``(v, solution, outer, *data)`` ↦ ∂_y F v, instead of differentiating F.
         hvp_transpose: the same for (∂_y F)ᵀ; left out, it is derived from ``hvp``.
         cross: ``(u, solution, outer, *data)`` ↦ (∂_x F)ᵀ u, a pytree like outer; then data has no
@@ -259,21 +259,31 @@ def implicit_root(
             "example 'gmres(max_steps=50)', 'cg' or 'direct'."
         )
     products = Products(hvp, hvp_transpose, cross, cross_transpose)
+    if parameters != () and (products != Products() or optimality is None):
+        raise UnsupportedParameter(
+            "implicit_root(parameters=...) with supplied products: they say nothing of the "
+            "parameters, whose derivative would be missing. Pass the parameters in outer."
+        )
 
     def decorate(solve: Solve) -> Solve:
         owner = f"implicit_root of {getattr(solve, '__name__', type(solve).__name__)}"
 
+        trust = Trust()
+
         def call(initial: Any, outer: Any, *data: Any) -> Any:
+            refuse_inference_mode(owner)
             named = Named(parameters, owner)
             arguments = Operands((initial, outer, data))
-            run = Run(solve, arguments, initial)
-            found = Undifferentiated.apply(run, *arguments.tensors)
+            run = Run(solve, arguments, initial, named)
+            found = Undifferentiated.apply(run, *arguments.tensors, *named.tensors)
             assert run.returned is not None
             whole = run.returned.tree(found)  # type: ignore[arg-type]
             solution, aux = whole if has_aux else (whole, None)
             flat, operands = Flat(solution, "solution"), Operands((outer, data))
             root = Root(optimality, products, made.solver, owner, flat, operands, named)
+            root.trust = trust
             theta = (flat.vector(solution), *operands.tensors, *named.tensors)
+            operands.tensors = []  # not to be kept alive by what was found
             if optimality is not None:
                 _refuse_unnamed(root, theta)
             (y,) = implicit(root, *theta)
@@ -346,17 +356,20 @@ def implicit_fixed_point(
 
 
 def _refuse_unnamed(root: Root, theta: Sequence[Tensor]) -> None:
-    """Look whether F depends on something that is differentiated and no argument.
+    """Look whether F depends on something differentiated or batched that is no argument.
 
     Raises:
         UnnamedClosure: it does.
     """
-    with torch.enable_grad():
-        y, *rest = (tensor.detach() for tensor in theta)
-        if derivatives(root.residual(y, y, *rest)):
-            raise UnnamedClosure(
-                f"{root.owner}: the optimality condition depends on a tensor that requires a "
-                "gradient and is neither its outer argument, nor data, nor named; its derivative "
-                "would be missing. Write parameters=module (or a list of tensors), pass it as "
-                "outer or data, or detach() it."
-            )
+
+    def at_the_solution(y: Tensor, *rest: Tensor) -> Tensor:
+        return root.residual(y, y, *rest)
+
+    if reaches_others(at_the_solution, theta):
+        raise UnnamedClosure(
+            f"{root.owner}: the optimality condition depends on a tensor that requires a "
+            "gradient, or that a transform around differentiates or batches, and that is neither "
+            "its outer argument, nor data, nor named; it would be missed. Write "
+            "parameters=module (or a list of tensors; name a view itself, not what it is of), "
+            "pass it as outer or data, or detach() it."
+        )

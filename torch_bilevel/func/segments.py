@@ -11,18 +11,16 @@ steps) is static.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import ArgumentCarriesGraph, NoSecondDerivative, UnnamedClosure
-from ..problem import Randomness
 from ..second_order import opaque
 from . import trees
+from .evaluation import Draws, accelerators, drawing, generators
 from .levels import batches, derivatives, plain, refuse_forward_over_forward
 
 _UNCOMPILED = "tb.func.unroll with"
@@ -50,8 +48,7 @@ class Stretch:
         self.steps, self.first, self.last = steps, first, last
         self.operands = trees.Operands(at)
         self.result: trees.Operands
-        self.randomness: Randomness | None = None
-        self.devices = accelerators(self.operands.tensors)
+        self.draws = Draws(self.operands.tensors)
 
     def take(self) -> list[Tensor]:
         """The operands, which are then no longer kept here."""
@@ -60,12 +57,7 @@ class Stretch:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inner variables, then state; every call draws the random numbers of the first."""
-        if self.randomness is None:
-            self.randomness = _randomness(self.devices)
-            again: Any = contextlib.nullcontext()
-        else:
-            again = _drawing(self.devices, self.randomness)
-        with again:
+        with self.draws():
             at = self.steps.on(self.operands.tree(tensors), self.first, self.last)
         self.result = trees.Operands((at.inner, at.state))
         # views, for a custom function must not return what it was given
@@ -231,31 +223,6 @@ def final_by_tangents(steps: Any, at: Any, start: int, stop: int) -> list[Tensor
     return list(found[: len(at.inner)])
 
 
-def accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
-    """The devices whose generators a loss on these tensors may draw from."""
-    devices = dict.fromkeys(t.device for t in tensors)
-    return [d for d in devices if d.type not in ("cpu", "meta")]
-
-
-def _randomness(devices: Sequence[torch.device]) -> Randomness:
-    """The state of the generators, read outside the transforms, which would wrap it."""
-    with temporarily_clear_interpreter_stack():
-        return Randomness(devices)
-
-
-@contextlib.contextmanager
-def _drawing(devices: Sequence[torch.device], randomness: Randomness) -> Iterator[None]:
-    """Draw from a state; at exit the generators are as they were at entry."""
-    before = _randomness(devices)
-    with temporarily_clear_interpreter_stack():
-        randomness.restore()
-    try:
-        yield
-    finally:
-        with temporarily_clear_interpreter_stack():
-            before.restore()
-
-
 def _refuse_closures(steps: Any, at: Any, start: int, option: str) -> None:
     """Raise where a step depends on a transformed tensor that is not one of its operands.
 
@@ -270,7 +237,7 @@ def _refuse_closures(steps: Any, at: Any, start: int, option: str) -> None:
     )
     constants = [plain(t) for t in operands.tensors]
     devices = accelerators(constants)
-    with _drawing(devices, _randomness(devices)), torch.enable_grad():
+    with drawing(devices, generators(devices)), torch.enable_grad():
         after = steps.on(operands.tree(constants), start, start + 1)
     seen = trees.Operands((after.inner, after.state)).tensors
     if any(map(derivatives, seen)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .closures import Named
 from .trees import Operands
 
 
@@ -52,19 +53,30 @@ class Undifferentiated(torch.autograd.Function):
         return tuple(map(torch.stack, zip(*lanes, strict=True))), 0
 
 
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
 class Run:
     """A solver on flat lists of tensors; the structure of what it returns is seen when it ran."""
 
-    def __init__(self, solve: Callable[..., Any], arguments: Operands, like: Any):
+    def __init__(
+        self, solve: Callable[..., Any], arguments: Operands, like: Any, named: Named
+    ):
         self.solve = solve
+        self.named = named
+        self.count = len(arguments.tensors)
         self.arguments = arguments
         self.like = [x for x in pytree.tree_leaves(like) if isinstance(x, Tensor)]
         self.returned: Operands | None = None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors of what the solver returns."""
-        initial, outer, data = self.arguments.tree(tensors)
-        found = pytree.tree_map(self._tensor, self.solve(initial, outer, *data))
+        initial, outer, data = self.arguments.tree(tensors[: self.count])
+        initial = pytree.tree_map(_own, initial)  # solvers may write into it
+        with self.named.replaced_by(tensors[self.count :]):
+            found = self.solve(initial, outer, *data)
+        found = pytree.tree_map(self._tensor, found)
         self.returned = Operands(found)
         return self.returned.tensors
 

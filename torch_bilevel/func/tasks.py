@@ -93,14 +93,14 @@ class TaskGradient:
 
     def __call__(self, outer: Any, support: Any, query: Any) -> tuple[Any, TaskReport]:
         """The mean gradient over tasks, and what every task gave."""
-        count = _count(support, query)
+        count, flat = _count(support, query), Flat(outer, "outer")
         if self.one != self._unrolled:
             outer = self._undifferentiated(outer)
         gradients, losses, residual, converged = self._over_tasks(
             lambda support, query: self.one(outer, support, query), support, query
         )
         mean = pytree.tree_map(lambda g: g.mean(0), gradients)
-        norm = torch.linalg.vector_norm(Flat(outer, "outer").vector(mean).detach())
+        norm = torch.linalg.vector_norm(flat.vector(mean).detach())
         expanded = (part.expand(count) for part in (losses, residual, converged))
         losses, residual, converged = expanded
         return mean, TaskReport(losses.detach(), norm, residual, converged)
@@ -178,7 +178,7 @@ class TaskGradient:
     def _displaced(self, outer: Any, support: Any, query: Any) -> Any:
         """(dy_0/dx)ᵀ (y_0 − y_K)."""
         adapted = self._constant(outer, support)
-        start, pull = torch.func.vjp(self.initial, outer)
+        start, pull = torch.func.vjp(self.initial, outer)  # type: ignore[misc]
         (gradient,) = pull(pytree.tree_map(lambda a, y: a - y, start, adapted))
         return _told(gradient, self.outer_loss(adapted, outer, query))
 

@@ -137,7 +137,7 @@ def push(
         return None
     whole = _of_some(function, operands, real)
     primals = tuple(operands[i] for i in real)
-    found, pull_back = torch.func.vjp(whole, *primals)
+    found, pull_back = torch.func.vjp(whole, *primals)  # type: ignore[misc]
     zero = pytree.tree_map(torch.zeros_like, found)
     forward = torch.func.vjp(pull_back, zero)[1]
     return forward(tuple(tangents[i] for i in real))[0]

@@ -13,7 +13,6 @@ other under ``torch.func``, autograd and ``torch.compile``:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from .. import _checks
 from ..errors import BilevelError, Disconnected, InvalidLoss, UnknownName
-from ..second_order import second_order
 from . import trees
+from .evaluation import evaluating
 from .rules import Rule, initial_state, resolve, update_of
 from .segments import final_by_tangents, recomputed
 
@@ -257,9 +256,7 @@ class Steps:
     def on(self, at: Carried, first: int, last: int) -> Carried:
         """As calling it, where ``at`` has the data of these steps alone."""
         inner, state = at.inner, at.state
-        # a recorded program has plain operations only, and cannot change the stance
-        compiling = torch.compiler.is_compiling()
-        with contextlib.nullcontext() if compiling else second_order():
+        with evaluating():
             for k in range(first, last):
                 found = resolve(self.plan.rule, at.outer, k)
                 if isinstance(self.plan.rule, Rule):

@@ -29,6 +29,7 @@ from .random_truncated_neumann import (
 from .richardson import Richardson as Richardson
 from .sample_space import SampleSpace as SampleSpace
 from .sgd import SGDSolver as SGDSolver
+from .spectrum import normal as normal
 from .stochastic_neumann import StochasticNeumann as StochasticNeumann
 from .stochastic_richardson import StochasticRichardson as StochasticRichardson
 

@@ -84,8 +84,9 @@ class CG(Solver):
         run = self._on_host if on_host(b) else self._on_device
         moved, r, flags = run(operator, r, target, cold)
         broken, unit = flags.pop("broken"), flags.pop("unit")
+        broken = broken | ~torch.isfinite(torch.dot(b, b))
         x = torch.where(broken, torch.nan, x + moved * (size / unit))
-        converged = torch.dot(r, r) <= target
+        converged = (torch.dot(r, r) <= target) & ~broken
         return solution(x, relative(r, b), converged=converged, **flags)
 
     def _on_host(
@@ -185,16 +186,16 @@ class CG(Solver):
             r = torch.where(better.unsqueeze(-1), r, b)
             rr, cold = squared(r), ~x.any(-1)
         target, number = self.rtol**2 * bb, torch.zeros_like(bb)
-        flags = (rr > target, no, no, cold)
+        flags = (rr > target, no, ~torch.isfinite(bb), cold)
         vectors = (zero.clone(), r.clone(), r.clone())  # which steps may write to
         start = _State(*vectors, rr, rr, number, number, number.long(), *flags)
         # below vmap, where many systems are one tensor, the host may look
         early = may_stop_early(b, self.rtol)
         state = repeat(
-            lambda s: _step(operator, target, _State(*s)),
+            lambda s: _step(operator, target, s),
             start,
             self.max_steps,
-            lambda s: _State(*s).active.any(),
+            lambda s: s.active.any(),
             early,
         )
         moved, _, _, rr, _, _, curvature, steps, _, negative, broken, _ = state
@@ -203,7 +204,7 @@ class CG(Solver):
             torch.where(lost, torch.nan, x + moved * size),
             torch.where(rr == 0, rr, (rr / bb).sqrt()),
             num_steps=steps,
-            converged=rr <= target,
+            converged=(rr <= target) & ~broken,
             negative_curvature=negative,
             curvature=curvature,
             diverged=no,

@@ -29,6 +29,8 @@ from .loops import may_stop_early, repeat
 
 
 class _State(NamedTuple):
+    """CGNR in progress: x, r, p; rᵀr and zᵀz; the largest stretch of A; flags."""
+
     x: Tensor
     r: Tensor
     p: Tensor
@@ -121,9 +123,7 @@ class CGNR(Solver):
 
         state = _State(x, r, p, rr, zz, scale, steps, active, broken)
         early = may_stop_early(b, self.rtol)
-        state = _State(
-            *repeat(step, state, self.max_steps, lambda s: _State(*s).active, early)
-        )
+        state = repeat(step, state, self.max_steps, lambda s: s.active, early)
         return solution(
             torch.where(state.broken, torch.nan, state.x),
             relative(state.r, b),

@@ -87,12 +87,18 @@ def _compiled(
 ) -> S:
     """`repeat` as one ``while_loop``; its operands may not share memory, hence the copies."""
 
-    def goes_on(k: Tensor, *state: Tensor) -> Tensor:
-        return (k < num_steps) & going(state)  # type: ignore[arg-type]
+    def goes_on(k: Tensor, *parts: Tensor) -> Tensor:
+        return (k < num_steps) & going(_like(state, parts))
 
-    def body(k: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        return k + 1, *(part.clone() for part in step(state))  # type: ignore[arg-type]
+    def body(k: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        return k + 1, *(part.clone() for part in step(_like(state, parts)))
 
     start = torch.zeros((), dtype=torch.int64, device=state[0].device)
     operands = (start, *(part.clone() for part in state))
-    return tuple(while_loop(goes_on, body, operands)[1:])  # type: ignore[return-value]
+    return _like(state, while_loop(goes_on, body, operands)[1:])
+
+
+def _like(state: S, parts: Any) -> S:
+    """Parts as a state of the same kind: a plain or a named tuple."""
+    kind = type(state)
+    return kind(*parts) if hasattr(state, "_fields") else kind(parts)

@@ -26,6 +26,8 @@ from .loops import may_stop_early, repeat
 
 
 class _State(NamedTuple):
+    """MINRES in progress: x, Lanczos vectors v, directions w; numbers of the rotations; flags."""
+
     x: Tensor
     v: Tensor
     v_previous: Tensor
@@ -94,7 +96,7 @@ class MINRES(Solver):
         v = torch.where(active, r / beta, zero)
         beta = zero
         c, s, delta, epsilon = -torch.ones_like(zero), zero, zero, zero
-        scale, broken = zero, torch.zeros_like(active)
+        scale, broken = zero, ~(torch.isfinite(target) & torch.isfinite(phi))
         steps = torch.zeros_like(phi, dtype=torch.int64)
         tiny = 10 * torch.finfo(b.dtype).eps
 
@@ -136,12 +138,10 @@ class MINRES(Solver):
         numbers = (beta, phi, c, s, delta, epsilon, scale, steps, active, broken)
         early = may_stop_early(b, self.rtol)
         state = _State(*vectors, *numbers)
-        state = _State(
-            *repeat(step, state, self.max_steps, lambda s: _State(*s).active, early)
-        )
+        state = repeat(step, state, self.max_steps, lambda s: s.active, early)
         return solution(
             torch.where(state.broken, torch.nan, state.x),
             relative(state.phi.reshape(1), b),
             num_steps=state.steps,
-            converged=state.phi <= target,
+            converged=(state.phi <= target) & ~state.broken,
         )

@@ -42,6 +42,8 @@ heavy ball diverges beyond L + μ, while 5 % more cost 2.5 % more steps."""
 
 
 class _State(NamedTuple):
+    """The descent in progress: x, r, the last displacement p and A p; the best iterate; flags."""
+
     x: Tensor
     r: Tensor
     p: Tensor
@@ -218,7 +220,7 @@ def descend(
 
     state = _State(x, r, p, p, rr, x, rr, curvature, no.long(), active, no, no, broken)
     early = may_stop_early(b, rtol)
-    state = repeat(advanced, state, max_steps, lambda s: _State(*s).active, early)
+    state = repeat(advanced, state, max_steps, lambda s: s.active, early)
     x, _, _, _, rr, best, best_rr, curvature, steps, *flags = state
     _, negative, diverged, broken = flags
     failed = negative | diverged

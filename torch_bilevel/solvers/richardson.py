@@ -83,6 +83,8 @@ class Richardson(Solver):
 
 
 class _State(NamedTuple):
+    """The iteration in progress; the best iterate so far with its rᵀr; flags."""
+
     x: Tensor
     r: Tensor
     rr: Tensor
@@ -125,7 +127,8 @@ def iterate(
     target = rtol**2 * torch.dot(b, b)
     rr, cold = torch.dot(r, r), ~x.any()
     zero, no = torch.zeros_like(rr), torch.zeros_like(cold)
-    first = _State(x, r, rr, x, rr, zero, zero.long(), rr > target, no)
+    broken = ~torch.isfinite(torch.dot(b, b)) | ~torch.isfinite(rr) | no
+    first = _State(x, r, rr, x, rr, zero, zero.long(), rr > target, broken)
 
     def step(state: _State) -> _State:
         x, r, rr, best, best_rr, curvature, steps, active, broken = state
@@ -145,7 +148,7 @@ def iterate(
 
     products = num_steps if last_product else num_steps - 1
     early = may_stop_early(b, rtol)
-    state = repeat(step, first, products, lambda s: _State(*s).active, early)
+    state = repeat(step, first, products, lambda s: s.active, early)
     x, r, rr, best, best_rr, curvature, steps, active, broken = state
     if not last_product:
         x, steps = torch.where(active, x + eta * r, x), steps + active
@@ -154,7 +157,7 @@ def iterate(
         torch.where(broken, torch.nan, torch.where(diverged, best, x)),
         relative(torch.where(diverged, best_rr, rr).sqrt().reshape(1), b),
         num_steps=steps,
-        converged=rr <= target,
+        converged=(rr <= target) & ~broken,
         curvature=curvature,
         diverged=diverged,
     )

@@ -130,13 +130,13 @@ def extreme_eigenvalues(
 
 def _first(b: Tensor) -> Tensor:
     """A unit vector of normal numbers, the same every time."""
-    u = _normal(b.numel()).to(b.device, b.dtype)
+    u = normal(b.numel()).to(b.device, b.dtype)
     return u / torch.linalg.vector_norm(u)
 
 
 @constant
-def _normal(size: int) -> Tensor:
-    """So many of them, of a generator of their own, which ``vmap`` must not see."""
+def normal(size: int) -> Tensor:
+    """Normal numbers, always the same, of a generator of their own that ``vmap`` does not see."""
     with temporarily_clear_interpreter_stack():
         generator = torch.Generator().manual_seed(0)
         return torch.randn(size, generator=generator, dtype=torch.float64)

@@ -1,0 +1,107 @@
+"""How the functions of a user are evaluated: twice differentiable, with the same random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils import _pytree as pytree
+
+from ..errors import UnsupportedTransform
+from ..problem import Randomness
+from ..second_order import second_order
+from .levels import batches, derivatives, plain
+
+
+def refuse_inference_mode(owner: str) -> None:
+    """Raise inside ``torch.inference_mode()``, where derivatives are zeros.
+
+    Raises:
+        UnsupportedTransform: it is on.
+    """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise UnsupportedTransform(
+            f"{owner} was called inside torch.inference_mode(), where nothing can be "
+            "differentiated, and it differentiates. Use torch.no_grad(), or put "
+            "torch.inference_mode(False) around it."
+        )
+
+
+def evaluating() -> Any:
+    """The region of `second_order`, for any model; a compiled program has none."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return second_order(weight_norm=True)  # what is inside a function cannot be seen
+
+
+def accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
+    """The devices whose generators a loss on these tensors may draw from."""
+    devices = dict.fromkeys(t.device for t in tensors)
+    return [d for d in devices if d.type not in ("cpu", "meta")]
+
+
+def generators(devices: Sequence[torch.device]) -> Randomness:
+    """The state of the generators, read outside the transforms, which would wrap it."""
+    with temporarily_clear_interpreter_stack():
+        return Randomness(devices)
+
+
+@contextlib.contextmanager
+def drawing(devices: Sequence[torch.device], randomness: Randomness) -> Iterator[None]:
+    """Draw from a state; at exit the generators are as they were at entry."""
+    before = generators(devices)
+    with temporarily_clear_interpreter_stack():
+        randomness.restore()
+    try:
+        yield
+    finally:
+        with temporarily_clear_interpreter_stack():
+            before.restore()
+
+
+class Draws:
+    """Evaluations of a function, each of which draws the random numbers of the first.
+
+    Args:
+        tensors: what it is evaluated on.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.devices = accelerators(tensors)
+        self.randomness: Randomness | None = None
+
+    def __call__(self) -> Any:
+        """The region of one evaluation."""
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        if self.randomness is None:
+            self.randomness = generators(self.devices)
+            return contextlib.nullcontext()
+        return drawing(self.devices, self.randomness)
+
+
+def reaches_others(function: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
+    """Whether a function depends on a differentiated or batched tensor that is no argument.
+
+    It is evaluated on plain constants in place of its arguments; no random numbers are used up.
+    Where it draws some, lanes may be of those, and do not count.
+    """
+    constants = [plain(tensor) for tensor in tensors]
+    devices = accelerators(constants)
+    with drawing(devices, generators(devices)), torch.enable_grad():
+        before = _drawn_so_far(devices)
+        leaves = pytree.tree_leaves(function(*constants))
+        drawn = _drawn_so_far(devices) != before
+    seen = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return any(derivatives(leaf) or (batches(leaf) and not drawn) for leaf in seen)
+
+
+def _drawn_so_far(devices: Sequence[torch.device]) -> list[bytes]:
+    """The states of torch's generators."""
+    with temporarily_clear_interpreter_stack():
+        others = [torch.get_device_module(d).get_rng_state(d) for d in devices]
+        return [bytes(s.numpy()) for s in (torch.get_rng_state(), *others)]
