@@ -459,6 +459,8 @@ def test_a_solver_may_write_into_its_start():
         vmap(lambda x: solve(start, x))(torch.eye(2)), torch.eye(2)
     )
     assert torch.equal(start, torch.zeros(2))
+    with pytest.raises(tb.UnsupportedTransform, match="no lanes"):
+        vmap(lambda x: solve(start, x))(torch.empty(0, 2))
 
 
 def test_what_can_be_named():
@@ -553,8 +555,39 @@ def test_an_unsolved_derivative_warns():
     "solver", ["unrolled", "identity", "sgd", "random_truncated_neumann", "soba"]
 )
 def test_solvers_that_do_not_solve_one_system(solver):
-    with pytest.raises(tb.UnsupportedParameter, match="one linear system"):
+    with pytest.raises(tb.UnknownName, match="no solver named.*Known: cg, "):
         tb.func.implicit_root(lambda y, x: y - x, solver=solver)
+
+
+def test_solvers_with_options():
+    for solver in (tb.CG(max_steps=3), "cg(max_steps=3)"):
+        tb.func.implicit_root(lambda y, x: y - x, solver=solver)
+    with pytest.raises(tb.UnknownName, match="no option 'damping'"):
+        tb.func.implicit_root(lambda y, x: y - x, solver="cg(damping=1.0)")
+    with pytest.raises(tb.UnsupportedParameter, match="one linear system"):
+        tb.func.implicit_root(lambda y, x: y - x, solver=tb.Identity())
+
+
+def test_backward_runs_under_the_autocast_of_the_call():
+    layer = torch.nn.Linear(3, 3).float()
+    x = torch.ones(2, 3, dtype=torch.float32, requires_grad=True)
+    z0 = torch.zeros(2, 3, dtype=torch.float32)
+
+    def step(z, x):
+        return torch.tanh(0.2 * layer(z) + x)
+
+    @tb.func.implicit_fixed_point(step, parameters=layer, solver="gmres(rtol=1e-3)")
+    def solve(z, x):
+        for _ in range(20):
+            z = step(z, x)
+        return z
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = solve(z0, x).float().pow(2).sum()
+    loss.backward()
+    found, x.grad = x.grad, None
+    solve(z0, x).pow(2).sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=0.05, atol=0.02)
 
 
 def test_structures_that_do_not_fit():

@@ -619,3 +619,11 @@ def test_root_refuses(name):
     options, error, message = NO_ROOT[name]
     with pytest.raises(error, match=message):
         custom_root(ridge, **options)
+
+
+def test_custom_root_says_what_is_wrong_with_its_arguments():
+    root = custom_root(lambda y, x: y - x, argnums=3)(lambda y, x: x)
+    with pytest.raises(ValueError, match="1 arguments after params"):
+        root(torch.ones(1), torch.ones(1))
+    with pytest.raises(TypeError, match=r"call it, solve=solve_cg\(\)"):
+        custom_root(lambda y, x: y, argnums=1, solve=torchopt.linear_solve.solve_cg)

@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedTransform
-from ..problem import Randomness
+from ..problem import Randomness, autocast, autocast_state
 from ..second_order import second_order
 from .levels import batches, derivatives, plain
 
@@ -63,8 +63,8 @@ def drawing(devices: Sequence[torch.device], randomness: Randomness) -> Iterator
             before.restore()
 
 
-class Draws:
-    """Evaluations of a function, each of which draws the random numbers of the first.
+class Conditions:
+    """Evaluations of a function under the conditions of the first: random numbers and autocast.
 
     Args:
         tensors: what it is evaluated on.
@@ -73,15 +73,26 @@ class Draws:
     def __init__(self, tensors: Sequence[Tensor]):
         self.devices = accelerators(tensors)
         self.randomness: Randomness | None = None
+        self.kinds = ["cpu", *dict.fromkeys(device.type for device in self.devices)]
+        if not torch.compiler.is_compiling():
+            self.autocast = autocast_state(self.kinds)
 
-    def __call__(self) -> Any:
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
         """The region of one evaluation."""
         if torch.compiler.is_compiling():
-            return contextlib.nullcontext()
-        if self.randomness is None:
-            self.randomness = generators(self.devices)
-            return contextlib.nullcontext()
-        return drawing(self.devices, self.randomness)
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            if (
+                autocast_state(self.kinds) != self.autocast
+            ):  # backward runs outside of it
+                stack.enter_context(autocast(self.autocast))
+            if self.randomness is None:
+                self.randomness = generators(self.devices)
+            else:
+                stack.enter_context(drawing(self.devices, self.randomness))
+            yield
 
 
 def reaches_others(function: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:

@@ -18,9 +18,10 @@ from ..errors import NeedsLoop, UnnamedClosure, UnsupportedTransform
 from ..estimators import Estimator, FiniteDifference, Implicit, Stochastic, parse
 from ..problem import scalar
 from ..second_order import untraced
-from ..solvers import Operator, Solver, differentiated, solution, transformed
+from ..solvers import Operator, Solver, differentiated, solution
 from .equations import System, numbers, solved, told
-from .evaluation import Draws, evaluating, reaches_others, refuse_inference_mode
+from .evaluation import Conditions, evaluating, reaches_others, refuse_inference_mode
+from .levels import surroundings
 from .matrices import Jacobian, Trust
 from .trees import Flat, Operands
 
@@ -58,12 +59,14 @@ class Report(NamedTuple):
 class Hypergradient:
     """∇Φ of two losses by an estimator; see `hypergradient`, which makes it."""
 
-    def __init__(self, inner_loss: Loss, outer_loss: Loss, estimator: Estimator):
+    def __init__(
+        self, inner_loss: Loss, outer_loss: Loss, estimator: Estimator, name: str
+    ):
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
         self.estimator = estimator
-        self.solver, self.damping, self.warm = _solver_of(estimator)
-        self._looked = False  # whether closures were looked at
+        self.solver, self.damping, self.warm = _solver_of(estimator, name)
+        self._looked: set[Any] = set()  # inside what closures were looked at
         self._trust = Trust()
 
     def __repr__(self) -> str:
@@ -95,11 +98,11 @@ class Hypergradient:
             y, x, start = _compilable(y, x, start)
 
         tensors, batches.tensors = batches.tensors, []  # not to be kept alive
-        draws = tuple(Draws([y, *tensors]) for _ in range(2))  # of g and of f
+        conditions = tuple(Conditions([y, *tensors]) for _ in range(2))  # of g and of f
 
         def value(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
             batch = batches.tree(tensors)[which]
-            with evaluating(), draws[which]():
+            with evaluating(), conditions[which]():
                 found = loss(at_y.tree(y), at_x.tree(x), batch)
             return scalar(found, _name(loss)).reshape(()).to(y.dtype)
 
@@ -107,7 +110,7 @@ class Hypergradient:
             g = torch.func.grad(value, argnums=2)
             return g(self.inner_loss, 0, y, x, *tensors)
 
-        if not torch.compiler.is_compiling() and (transformed() or not self._looked):
+        if not torch.compiler.is_compiling() and surroundings() not in self._looked:
             self._look(value, (y, x, *tensors))
         loss, pull = torch.func.vjp(  # type: ignore[misc]
             lambda y, x: value(self.outer_loss, 1, y, x, *tensors), y, x
@@ -130,7 +133,8 @@ class Hypergradient:
     def _look(self, value: Callable[..., Tensor], at: Sequence[Tensor]) -> None:
         """Whether a loss depends on something differentiated or batched that is no argument.
 
-        In plain code once; under transforms, which put other things into closures, in every call.
+        Once in plain code, and once inside every other nest of transforms, which put other things
+        into closures.
 
         Raises:
             UnnamedClosure: it does.
@@ -143,7 +147,7 @@ class Hypergradient:
                     "arguments; it would be missed. Pass it as inner, outer or in the batch (for a "
                     "module: torch.func.functional_call), or detach() it."
                 )
-        self._looked = True
+        self._looked.add(surroundings())
 
     def _solve(
         self,
@@ -243,10 +247,12 @@ def hypergradient(
         >>> found, report.adjoint
         (tensor([1., 2.]), {'w': tensor([0.5000, 1.0000])})
     """
-    return Hypergradient(inner_loss, outer_loss, parse(estimator))
+    made = parse(estimator)
+    written = estimator if isinstance(estimator, str) else str(made)
+    return Hypergradient(inner_loss, outer_loss, made, written)
 
 
-def _solver_of(estimator: Estimator) -> tuple[Solver, float, bool]:
+def _solver_of(estimator: Estimator, written: str) -> tuple[Solver, float, bool]:
     """The solver, the damping and whether a start is used.
 
     Raises:
@@ -272,7 +278,7 @@ def _solver_of(estimator: Estimator) -> tuple[Solver, float, bool]:
         else:
             return estimator.solver, estimator.damping, estimator.warm_start
     raise NeedsLoop(
-        f"estimator={str(estimator)!r} cannot be used in tb.func.hypergradient, which sees two "
+        f"estimator={written!r} cannot be used in tb.func.hypergradient, which sees two "
         f"functions at one point: {why}. Take {use}; or tb.BilevelOptimizer, which has a loop."
     )
 

@@ -91,6 +91,12 @@ def plain(tensor: Tensor) -> Tensor:
         return lanes.select(_functorch.maybe_get_bdim(tensor), 0)
 
 
+def surroundings() -> tuple[str, ...]:
+    """The kinds of the transforms that are active, outermost first."""
+    stack = _functorch.get_interpreter_stack() or []
+    return tuple(str(level.key()) for level in stack)
+
+
 def every(tensor: Tensor) -> Tensor:
     """All lanes of a tensor, a constant that no transform knows of."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import _registry
 from ..errors import UnnamedClosure, UnsupportedParameter
-from ..estimators import Implicit, parse
 from ..second_order import opaque
+from ..solvers import REGISTRY as SOLVERS
 from ..solvers import Solver
 from .closures import Named
 from .equations import Equation, System, implicit
-from .evaluation import Draws, evaluating, reaches_others, refuse_inference_mode
+from .evaluation import Conditions, evaluating, reaches_others, refuse_inference_mode
 from .matrices import Jacobian, Matrix, Trust
 from .solving import Run, Undifferentiated
 from .trees import Flat, Operands
@@ -69,7 +70,7 @@ class Root(Equation):
         self.operands = operands
         self.named = named
         self.symmetric = solver.needs_symmetric
-        self.draws = Draws(operands.tensors)
+        self.conditions = Conditions(operands.tensors)
         self.trust = Trust()
         self.count = len(operands.tensors)
         outer, _ = operands.tree(operands.tensors)
@@ -94,7 +95,7 @@ class Root(Equation):
                 "cross_transpose= (forward mode)."
             )
         named = theta[1 + self.count :]
-        with evaluating(), self.draws(), self.named.replaced_by(named):
+        with evaluating(), self.conditions(), self.named.replaced_by(named):
             found = self.optimality(self.flat.tree(y), *self.arguments(theta))
             return self.flat.vector(found, "what the optimality condition returned")
 
@@ -178,6 +179,25 @@ class Supplied(Matrix):
         return flat.vector(found, "what a supplied product returned")
 
 
+def _solver(given: str | Solver) -> Solver:
+    """A solver of linear systems by its name, with its own options.
+
+    Raises:
+        UnknownName: there is none of that name, or it has no such option.
+        UnsupportedParameter: it is no pure function of one system.
+    """
+    known = {k: c for k, c in SOLVERS.items() if c.pure and c.solves}
+    if isinstance(given, str):
+        name, options = _registry.parse(given, known, "solver")
+        return _registry.build(known[name], options, name)
+    if not isinstance(given, Solver) or not (given.pure and given.solves):
+        raise UnsupportedParameter(
+            f"implicit_root(solver={given!r}): the derivative solves one linear system; write "
+            f"the name of a solver ({', '.join(sorted(known))}) or an object such as tb.CG()."
+        )
+    return given
+
+
 def implicit_root(
     optimality: Callable[..., Any] | None,
     *,
@@ -231,6 +251,7 @@ def implicit_root(
     Raises:
         UnnamedClosure: F reaches a tensor that is differentiated and not in ``parameters``.
         ForwardOverForward: two forward modes are nested.
+        UnknownName: no solver or option has that name.
         UnsupportedParameter: the solution has a leaf that is no floating-point tensor, or F returns
             another structure.
 
@@ -246,18 +267,7 @@ def implicit_root(
         >>> torch.func.grad(root, argnums=1)(torch.tensor(1.), x)
         tensor(0.2500)
     """
-    made = parse(solver)
-    if (
-        not isinstance(made, Implicit)
-        or made != Implicit(made.solver)  # damping and the like are of estimators
-        or not made.solver.pure
-        or not made.solver.solves
-    ):
-        raise UnsupportedParameter(
-            f"implicit_root(solver={str(made)!r}): the derivative solves one linear system; write "
-            "a solver of such systems with its own options (not damping= or warm_start=), for "
-            "example 'gmres(max_steps=50)', 'cg' or 'direct'."
-        )
+    chosen = _solver(solver)
     products = Products(hvp, hvp_transpose, cross, cross_transpose)
     if parameters != () and (products != Products() or optimality is None):
         raise UnsupportedParameter(
@@ -280,7 +290,7 @@ def implicit_root(
             whole = run.returned.tree(found)  # type: ignore[arg-type]
             solution, aux = whole if has_aux else (whole, None)
             flat, operands = Flat(solution, "solution"), Operands((outer, data))
-            root = Root(optimality, products, made.solver, owner, flat, operands, named)
+            root = Root(optimality, products, chosen, owner, flat, operands, named)
             root.trust = trust
             theta = (flat.vector(solution), *operands.tensors, *named.tensors)
             operands.tensors = []  # not to be kept alive by what was found

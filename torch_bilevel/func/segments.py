@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ArgumentCarriesGraph, NoSecondDerivative, UnnamedClosure
 from ..second_order import opaque
 from . import trees
-from .evaluation import Draws, accelerators, drawing, generators
+from .evaluation import Conditions, accelerators, drawing, generators
 from .levels import batches, derivatives, plain, refuse_forward_over_forward
 
 _UNCOMPILED = "tb.func.unroll with"
@@ -48,7 +48,7 @@ class Stretch:
         self.steps, self.first, self.last = steps, first, last
         self.operands = trees.Operands(at)
         self.result: trees.Operands
-        self.draws = Draws(self.operands.tensors)
+        self.conditions = Conditions(self.operands.tensors)
 
     def take(self) -> list[Tensor]:
         """The operands, which are then no longer kept here."""
@@ -57,7 +57,7 @@ class Stretch:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inner variables, then state; every call draws the random numbers of the first."""
-        with self.draws():
+        with self.conditions():
             at = self.steps.on(self.operands.tree(tensors), self.first, self.last)
         self.result = trees.Operands((at.inner, at.state))
         # views, for a custom function must not return what it was given

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import UnsupportedTransform
 from .closures import Named
 from .trees import Operands
 
@@ -43,6 +44,10 @@ class Undifferentiated(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, run: Any, *tensors: Tensor) -> Any:  # type: ignore[override]
         """One lane after the other."""
+        if not info.batch_size:
+            raise UnsupportedTransform(
+                "vmap over no lanes: what a solver would return is not known. Leave out the call."
+            )
         lanes = []
         for lane in range(info.batch_size):
             own = [

@@ -82,7 +82,9 @@ class TaskGradient:
         elif isinstance(estimator, Displacement):
             self.one = self._displaced
         elif isinstance(estimator, Implicit):
-            self.implicit = Hypergradient(self._proximal, outer_loss, estimator)
+            self.implicit = Hypergradient(
+                self._proximal, outer_loss, estimator, str(estimator)
+            )
             self.one = self._implicit
         elif not isinstance(estimator, Unrolled):
             raise NeedsLoop(

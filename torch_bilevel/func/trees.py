@@ -34,30 +34,28 @@ class Flat:
     """
 
     def __init__(self, tree: Any, role: str):
-        pairs, self.structure = pytree.tree_flatten_with_path(tree)
-        leaves = []
-        for path, leaf in pairs:
-            where = f"{role}{pytree.keystr(path)}"
+        leaves, self.structure = pytree.tree_flatten(tree)
+        for place, leaf in enumerate(leaves):
             if not is_real(leaf):
-                kind = type(leaf).__name__
+                where, kind = _path(tree, place, role), type(leaf).__name__
                 seen = f"a tensor of {leaf.dtype}" if kind == "Tensor" else f"a {kind}"
                 raise UnsupportedParameter(
                     f"{where} is {seen}; every leaf of the {role} variables must be a "
-                    "floating-point tensor. Write torch.tensor(...) for a number, and pass what "
-                    "is not differentiated as data."
+                    "floating-point tensor. Write torch.tensor(...) for a number, "
+                    "torch.from_numpy(...) for an array and dict(module.named_parameters()) for a "
+                    "module, and pass what is not differentiated as data."
                 )
             if leaf.layout is not torch.strided:
+                where = _path(tree, place, role)
                 raise UnsupportedParameter(
                     f"{where} is sparse; write {where}.to_dense()."
                 )
-            leaves.append(leaf)
         if not leaves:
             raise UnsupportedParameter(
                 f"The {role} variables ({type(tree).__name__}) have no tensor in them; pass a "
                 "tensor, or a dict such as dict(module.named_parameters())."
             )
-        names = [f"{role}{pytree.keystr(path)}" for path, _ in pairs]
-        self.layout = Layout(leaves, names)
+        self.layout = Layout(leaves, [f"{role}, leaf {k}" for k in range(len(leaves))])
 
     def vector(self, tree: Any, role: str = "the result") -> Tensor:
         """A pytree of this structure as one vector, at least float32.
@@ -71,19 +69,29 @@ class Flat:
                 f"{role} must be a pytree like the variables it belongs to: expected "
                 f"{self.structure}, got {structure}."
             )
-        for leaf, name, shape in zip(
-            leaves, self.layout.names, self.layout.shapes, strict=True
+        for place, (leaf, shape) in enumerate(
+            zip(leaves, self.layout.shapes, strict=True)
         ):
             if not isinstance(leaf, Tensor) or leaf.shape != shape:
                 seen = getattr(leaf, "shape", type(leaf).__name__)
+                where = _path(tree, place, role)
                 raise UnsupportedParameter(
-                    f"{role}: for {name} a tensor of shape {tuple(shape)} was expected, got {seen}."
+                    f"{where}: a tensor of shape {tuple(shape)} was expected, got {seen}."
                 )
         return self.layout.flatten(leaves)
 
     def tree(self, vector: Tensor) -> Any:
         """A vector as a pytree of this structure, in the dtypes of the leaves."""
         return pytree.tree_unflatten(self.layout.split(vector), self.structure)
+
+
+def _path(tree: Any, place: int, role: str) -> str:
+    """Where a leaf stands, as one would write it; its number where a class does not tell."""
+    try:
+        pairs, _ = pytree.tree_flatten_with_path(tree)
+    except ValueError:  # registered without keys
+        return f"leaf {place} of {role}"
+    return f"{role}{pytree.keystr(pairs[place][0])}"
 
 
 class Operands:

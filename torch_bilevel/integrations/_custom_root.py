@@ -81,6 +81,11 @@ def custom_root(
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             initial, *rest = bound.args
+            if max(places) > len(rest):
+                raise ValueError(
+                    f"custom_root(argnums={argnums!r}): {solver_fn.__name__} was called with "
+                    f"{len(rest)} arguments after params; the last one is number {len(rest)}."
+                )
             outer = tuple(rest[place - 1] for place in places)
             rest = [None if i in places else a for i, a in enumerate(rest, 1)]
             data = _constant((rest, bound.kwargs))
@@ -134,6 +139,10 @@ def _linear_solver(solve: Any, size: int) -> str | Solver:
     made = getattr(solve, "func", solve)
     if not str(getattr(made, "__module__", "")).startswith("torchopt.linear_solve"):
         return _Given(solve)
+    if not hasattr(solve, "keywords"):
+        raise TypeError(
+            f"custom_root(solve={made.__name__}): call it, solve={made.__name__}()."
+        )
     options = {
         k: v for k, v in solve.keywords.items() if v is not None and v is not False
     }
