@@ -564,3 +564,27 @@ def test_it_says_what_it_is():
     for name in ("darts", "mrbo", "cg(certify=True)"):
         with pytest.raises(tb.NeedsLoop, match="Take "):
             tb.func.hypergradient(g, f, name)
+
+
+def test_weight_normalisation():
+    """The second derivative of torch's fused operation is wrong; it is not used."""
+    inputs, targets = torch.randn(6, 3), torch.randn(6, 2)
+
+    def loss_of(weight):
+        def inner(y, x, batch):
+            out = torch.tanh(inputs @ weight(y["v"], y["g"]).mT)
+            penalty = (y["v"] ** 2).sum() + ((y["g"] - 1) ** 2).sum()
+            return (x.exp() * (out - targets) ** 2).mean() + penalty
+
+        return inner
+
+    def outer(y, x, batch):
+        return (y["v"] ** 2).sum() + y["g"].sum()
+
+    y, x = {"v": torch.randn(2, 3), "g": torch.rand(2, 1) + 1}, torch.zeros(2)
+    fused = loss_of(lambda v, g: torch._weight_norm(v, g, 0))
+    exact = loss_of(lambda v, g: v * (g / v.norm(dim=1, keepdim=True)))
+    found, expected = (
+        tb.func.hypergradient(loss, outer, "direct")(y, x)[0] for loss in (fused, exact)
+    )
+    close(found, expected)
