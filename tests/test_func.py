@@ -485,6 +485,8 @@ def test_random_numbers_are_the_same_in_a_call_and_not_in_the_next():
         found.append(h(w, x)[0])
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
     assert not torch.equal(h(w, x)[0], h(w, x)[0])
+    fresh = tb.func.hypergradient(inner, outer, "direct")  # looks for closures first
+    assert not torch.equal(fresh(w, x)[0], fresh(w, x)[0])
     torch.manual_seed(7)
     mask = drop(torch.ones(6, 3))  # that of the call: H and J see one mask
     fixed = tb.func.hypergradient(

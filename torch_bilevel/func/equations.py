@@ -189,11 +189,13 @@ def solved(
 
 
 def implicit(equation: Equation, *theta: Tensor) -> tuple[Tensor, ...]:
-    """What `Equation.solve` gives, its first tensor differentiable in θ.
+    """What `Equation.solve` gives, its first tensor differentiable in θ unless it is compiled.
 
     Raises:
         ForwardOverForward: two nested forward-mode transforms differentiate it.
     """
+    if torch.compiler.is_compiling():  # custom functions are not part of a program
+        return equation.solve(*theta)
     refuse_forward_over_forward(theta, equation.owner)
     return _Implicit.apply(equation, *theta)  # type: ignore[return-value]
 

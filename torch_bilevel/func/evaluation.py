@@ -95,11 +95,16 @@ class Conditions:
             yield
 
 
-def reaches_others(function: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
-    """Whether a function depends on a differentiated or batched tensor that is no argument.
+def on_constants(
+    function: Callable[..., Any], tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], bool]:
+    """What a function gives on plain constants in place of its arguments, and whether it drew.
 
-    It is evaluated on plain constants in place of its arguments; no random numbers are used up.
-    Where it draws some, lanes may be of those, and do not count.
+    Whatever still carries a derivative or lanes, it has from elsewhere. No random numbers are used
+    up.
+
+    Returns:
+        The tensors of its result; whether random numbers were drawn, of which lanes may be too.
     """
     constants = [plain(tensor) for tensor in tensors]
     devices = accelerators(constants)
@@ -107,8 +112,18 @@ def reaches_others(function: Callable[..., Any], tensors: Sequence[Tensor]) -> b
         before = _drawn_so_far(devices)
         leaves = pytree.tree_leaves(function(*constants))
         drawn = _drawn_so_far(devices) != before
-    seen = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], drawn
+
+
+def reaches_others(function: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
+    """Whether a function depends on a differentiated or batched tensor that is no argument."""
+    seen, drawn = on_constants(function, tensors)
     return any(derivatives(leaf) or (batches(leaf) and not drawn) for leaf in seen)
+
+
+def name_of(function: Any) -> str:
+    """What a function is called, in messages."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _drawn_so_far(devices: Sequence[torch.device]) -> list[bytes]:

@@ -18,9 +18,15 @@ from ..errors import NeedsLoop, UnnamedClosure, UnsupportedTransform
 from ..estimators import Estimator, FiniteDifference, Implicit, Stochastic, parse
 from ..problem import scalar
 from ..second_order import untraced
-from ..solvers import Operator, Solver, differentiated, solution
+from ..solvers import Identity, Operator, Solver, differentiated
 from .equations import System, numbers, solved, told
-from .evaluation import Conditions, evaluating, reaches_others, refuse_inference_mode
+from .evaluation import (
+    Conditions,
+    evaluating,
+    name_of,
+    reaches_others,
+    refuse_inference_mode,
+)
 from .levels import surroundings
 from .matrices import Jacobian, Trust
 from .trees import Flat, Operands
@@ -70,7 +76,7 @@ class Hypergradient:
         self._trust = Trust()
 
     def __repr__(self) -> str:
-        names = (_name(loss) for loss in (self.inner_loss, self.outer_loss))
+        names = (name_of(loss) for loss in (self.inner_loss, self.outer_loss))
         return f"hypergradient({', '.join(names)}, estimator={str(self.estimator)!r})"
 
     def __call__(
@@ -100,29 +106,32 @@ class Hypergradient:
         tensors, batches.tensors = batches.tensors, []  # not to be kept alive
         conditions = tuple(Conditions([y, *tensors]) for _ in range(2))  # of g and of f
 
-        def value(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
+        def plain(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
             batch = batches.tree(tensors)[which]
-            with evaluating(), conditions[which]():
+            with evaluating():
                 found = loss(at_y.tree(y), at_x.tree(x), batch)
-            return scalar(found, _name(loss)).reshape(()).to(y.dtype)
+            return scalar(found, name_of(loss)).reshape(()).to(y.dtype)
+
+        def value(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
+            with conditions[which]():
+                return plain(loss, which, y, x, *tensors)
 
         def inner_gradient(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
             g = torch.func.grad(value, argnums=2)
             return g(self.inner_loss, 0, y, x, *tensors)
 
         if not torch.compiler.is_compiling() and surroundings() not in self._looked:
-            self._look(value, (y, x, *tensors))
+            self._look(plain, (y, x, *tensors))
         loss, pull = torch.func.vjp(  # type: ignore[misc]
             lambda y, x: value(self.outer_loss, 1, y, x, *tensors), y, x
         )
         f_y, f_x = pull(torch.ones_like(loss))
+        v, found = self._solve(inner_gradient, f_y, start, (y, x, *tensors))
         if isinstance(self.estimator, FiniteDifference):
-            v, found = self._step(f_y)
             Jv = self._difference(
                 lambda y, x: value(self.inner_loss, 0, y, x, *tensors), y, x, v
             )
         else:
-            v, found = self._solve(inner_gradient, f_y, start, (y, x, *tensors))
             cross = torch.func.vjp(lambda x: inner_gradient(y, x, *tensors), x)[1]
             (Jv,) = cross(v)
         gradient = f_x - Jv
@@ -142,7 +151,7 @@ class Hypergradient:
         for which, loss in enumerate((self.inner_loss, self.outer_loss)):
             if reaches_others(lambda *at, w=which, f=loss: value(f, w, *at), at):
                 raise UnnamedClosure(
-                    f"{self!r}: {_name(loss)} depends on a tensor that requires a gradient, or "
+                    f"{self!r}: {name_of(loss)} depends on a tensor that requires a gradient, or "
                     "that a transform around differentiates or batches, and that is none of its "
                     "arguments; it would be missed. Pass it as inner, outer or in the batch (for a "
                     "module: torch.func.functional_call), or detach() it."
@@ -162,24 +171,13 @@ class Hypergradient:
             g_y = inner_gradient(y, *others)
             return g_y + self.damping * y if self.damping else g_y
 
-        start = start if self.warm else None
-        matrix = Jacobian(damped, symmetric=True, trust=self._trust)
-        system = System(matrix, self.solver, repr(self), reported=True)
         if not self.solver.solves:  # v is what it is, an explicit function of ∂_y f
             found = self.solver.solve(Operator(torch.neg, f_y.numel()), f_y)
             return found.value, numbers(found)
-        if torch.compiler.is_compiling():
-            start = f_y.new_zeros(0) if start is None else start
-            v, found = system.solve(f_y, start, *rest)
-        else:
-            v, found = solved(system, f_y, start, rest)
+        matrix = Jacobian(damped, symmetric=True, trust=self._trust)
+        system = System(matrix, self.solver, repr(self), reported=True)
+        v, found = solved(system, f_y, start if self.warm else None, rest)
         return v, found
-
-    def _step(self, f_y: Tensor) -> tuple[Tensor, Tensor]:
-        """One step (DARTS), v = η ∂_y f; nothing is solved."""
-        assert isinstance(self.estimator, FiniteDifference)
-        v = (self.estimator.step_size or 0.0) * f_y
-        return v, numbers(solution(v, torch.full_like(v.sum(), torch.nan)))
 
     def _difference(
         self, g: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor, v: Tensor
@@ -262,7 +260,8 @@ def _solver_of(estimator: Estimator, written: str) -> tuple[Solver, float, bool]
     use = "'cg', which needs none, or tb.func.unroll, which takes the steps itself"
     if isinstance(estimator, FiniteDifference):
         if estimator.step_size is not None:
-            return Implicit().solver, 0.0, False
+            # one step of gradient descent: the first term of the Neumann series
+            return Identity(estimator.step_size), 0.0, False
         why = "its step is the learning rate of an inner optimizer"
         use = "'darts(step_size=0.1)'"
     elif isinstance(estimator, (Implicit, Stochastic)):
@@ -292,7 +291,3 @@ def _compilable(y: Tensor, x: Tensor, start: Tensor | None) -> Any:
             "that is not compiled; torch.compile(vmap(...)) and torch.compile(...) alone work."
         )
     return y.detach(), x.detach(), None if start is None else start.detach()
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)

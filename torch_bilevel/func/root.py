@@ -25,7 +25,13 @@ from ..solvers import REGISTRY as SOLVERS
 from ..solvers import Solver
 from .closures import Named
 from .equations import Equation, System, implicit
-from .evaluation import Conditions, evaluating, reaches_others, refuse_inference_mode
+from .evaluation import (
+    Conditions,
+    evaluating,
+    name_of,
+    reaches_others,
+    refuse_inference_mode,
+)
 from .matrices import Jacobian, Matrix, Trust
 from .solving import Run, Undifferentiated
 from .trees import Flat, Operands
@@ -61,6 +67,7 @@ class Root(Equation):
         flat: Flat,
         operands: Operands,
         named: Named,
+        trust: Trust,
     ):
         self.optimality = optimality
         self.products = products
@@ -71,7 +78,7 @@ class Root(Equation):
         self.named = named
         self.symmetric = solver.needs_symmetric
         self.conditions = Conditions(operands.tensors)
-        self.trust = Trust()
+        self.trust = trust
         self.count = len(operands.tensors)
         outer, _ = operands.tree(operands.tensors)
         tensors = [x for x in pytree.tree_leaves(outer) if isinstance(x, Tensor)]
@@ -276,7 +283,7 @@ def implicit_root(
         )
 
     def decorate(solve: Solve) -> Solve:
-        owner = f"implicit_root of {getattr(solve, '__name__', type(solve).__name__)}"
+        owner = f"implicit_root of {name_of(solve)}"
 
         trust = Trust()
 
@@ -290,8 +297,9 @@ def implicit_root(
             whole = run.returned.tree(found)  # type: ignore[arg-type]
             solution, aux = whole if has_aux else (whole, None)
             flat, operands = Flat(solution, "solution"), Operands((outer, data))
-            root = Root(optimality, products, chosen, owner, flat, operands, named)
-            root.trust = trust
+            root = Root(
+                optimality, products, chosen, owner, flat, operands, named, trust
+            )
             theta = (flat.vector(solution), *operands.tensors, *named.tensors)
             operands.tensors = []  # not to be kept alive by what was found
             if optimality is not None:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from .. import _registry
 from ..errors import NoUpdateRule, UnknownName
 from ..inner import RULES, find_rule, missing_rule
+from ..solvers import constant, transformed
 
 Update = Callable[[list[Tensor], Any, list[Tensor]], tuple[list[Tensor], Any]]
 
@@ -141,6 +142,9 @@ def _has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
+# A program takes the result as it is when it is recorded: optimizers cannot be made inside it, and
+# constants are numbers, strings and tuples, not functions.
+@constant
 def _of_class(
     cls: type[Optimizer], options: Sequence[tuple[str, Any]], learned: Sequence[str]
 ) -> tuple[int, tuple[tuple[str, Any], ...], tuple[str, ...]]:
@@ -166,12 +170,6 @@ def _of_class(
     group.update((key, value) for key, value in options if key in group)
     place = list(RULES.values()).index(found)
     return place, tuple(group.items()), tuple(accepted)
-
-
-# Programs take the result as it is when they are recorded: optimizers cannot be made inside them,
-# and constants are numbers, strings and tuples, not functions.
-# torch.compiler.assume_constant_result sets this mark, and imports dynamo (seconds) to do so.
-_of_class._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(given: Any, outer: Any, step: int) -> Any:
@@ -215,7 +213,7 @@ def initial_state(found: Any, params: list[Tensor], gradients: list[Tensor]) -> 
     Under ``vmap`` gradients may be batched where parameters are not yet. TorchOpt's buffers,
     zeros like the parameters, are written into, and have to be batched from the start.
     """
-    if isinstance(found, Rule) or not torch._C._are_functorch_transforms_active():
+    if isinstance(found, Rule) or not transformed():
         return found.init(params)
     like = zip(params, gradients, strict=True)
     return found.init([p + torch.zeros_like(g) for p, g in like])

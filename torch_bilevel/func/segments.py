@@ -20,8 +20,8 @@ from torch import Tensor
 from ..errors import ArgumentCarriesGraph, NoSecondDerivative, UnnamedClosure
 from ..second_order import opaque
 from . import trees
-from .evaluation import Conditions, accelerators, drawing, generators
-from .levels import batches, derivatives, plain, refuse_forward_over_forward
+from .evaluation import Conditions, on_constants
+from .levels import batches, derivatives, refuse_forward_over_forward
 
 _UNCOMPILED = "tb.func.unroll with"
 _INSTEAD = (
@@ -235,11 +235,12 @@ def _refuse_closures(steps: Any, at: Any, start: int, option: str) -> None:
     operands = trees.Operands(
         at._replace(data=steps.batches(at.data, start, start + 1))
     )
-    constants = [plain(t) for t in operands.tensors]
-    devices = accelerators(constants)
-    with drawing(devices, generators(devices)), torch.enable_grad():
-        after = steps.on(operands.tree(constants), start, start + 1)
-    seen = trees.Operands((after.inner, after.state)).tensors
+
+    def step(*tensors: Tensor) -> Any:
+        after = steps.on(operands.tree(tensors), start, start + 1)
+        return after.inner, after.state
+
+    seen, _ = on_constants(step, operands.tensors)
     if any(map(derivatives, seen)):
         raise UnnamedClosure(
             f"unroll({option}): the inner loss or the rule uses a tensor that is differentiated "

@@ -27,7 +27,7 @@ from ..estimators import (
 from ..solvers import differentiated
 from .hypergradients import Hypergradient, Loss
 from .levels import derivatives
-from .trees import Flat
+from .trees import Flat, detached
 from .unrolling import unroll
 
 
@@ -123,7 +123,7 @@ class TaskGradient:
                 "a transform, and takes where the tasks ended for constants: terms would be "
                 "missing. Use estimator='unrolled'."
             )
-        return pytree.tree_map(lambda leaf: leaf.detach(), outer)
+        return detached(outer)
 
     def adapt(self, outer: Any, support: Any) -> Any:
         """The inner variables of every task after adaptation, stacked along a leading axis."""
@@ -155,8 +155,7 @@ class TaskGradient:
 
     def _constant(self, outer: Any, support: Any) -> Any:
         """y_i without derivative."""
-        detached = pytree.tree_map(lambda t: t.detach(), outer)
-        return pytree.tree_map(lambda t: t.detach(), self._adapted(detached, support))
+        return detached(self._adapted(detached(outer), support))
 
     def _unrolled(self, outer: Any, support: Any, query: Any) -> Any:
         """d/dx f(y_K(x), x), through the steps."""

@@ -22,6 +22,13 @@ def is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def detached(tree: Any) -> Any:
+    """A pytree with its tensors detached."""
+    return pytree.tree_map(
+        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree
+    )
+
+
 class Flat:
     """How the leaves of a pytree of floating-point tensors lie in one vector.
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .. import _checks
 from ..errors import BilevelError, Disconnected, InvalidLoss, UnknownName
 from . import trees
-from .evaluation import evaluating
+from .evaluation import evaluating, name_of
 from .rules import Rule, initial_state, resolve, update_of
 from .segments import final_by_tangents, recomputed
 
@@ -197,11 +197,11 @@ def _train(
     at = Carried(inner, None, outer, hyper, data)
     if plan.start:
         # What comes before the window is a constant, and so is what it depended on.
-        constants = pytree.tree_map(_constant, at)
+        constants = trees.detached(at)
         before = steps(constants, 0, plan.start)
         at = at._replace(
-            inner=pytree.tree_map(_constant, before.inner),
-            state=pytree.tree_map(_constant, before.state),
+            inner=trees.detached(before.inner),
+            state=trees.detached(before.state),
         )
     if plan.mode == "forward":
         found = final_by_tangents(steps, at, plan.start, plan.num_steps)
@@ -210,10 +210,6 @@ def _train(
     else:
         found = recomputed(steps, at, plan.start, plan.num_steps, plan.every)
     return pytree.tree_unflatten(found, structure)
-
-
-def _constant(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)
@@ -292,7 +288,7 @@ def _scalar(loss: InnerLoss, value: Any) -> Tensor:
         InvalidLoss: it is not one real number.
         Disconnected: it does not depend on them.
     """
-    name = getattr(loss, "__name__", type(loss).__name__)
+    name = name_of(loss)
     if not isinstance(value, Tensor):
         raise InvalidLoss(
             f"The inner loss {name!r} returned a {type(value).__name__}; return a scalar tensor."

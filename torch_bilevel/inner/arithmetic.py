@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..solvers import may_look
+
 Scalar = float | Tensor
 
 
@@ -27,8 +29,7 @@ def may_be_differentiated(value: Tensor) -> bool:
     """Whether a tensor has a derivative, or may have one: batched, dual, of a program."""
     return (
         value.requires_grad
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or not may_look()
         or forward_ad.unpack_dual(value).tangent is not None
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..func.root import implicit_root
+from ..func.trees import detached
 from ..solvers import CG, CGNR, Direct, Solver
 from ..solvers.base import Memory, Operator, Solution, relative, solution
 
@@ -75,6 +76,13 @@ def custom_root(
 
     def decorate(solver_fn: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(solver_fn)
+        condition, run = _put(optimality_fn, places), _put(solver_fn, places)
+
+        @functools.cache
+        def attached(size: int) -> Callable[..., Any]:
+            """The differentiable solver, for systems of this size."""
+            solver = _linear_solver(solve, size)
+            return implicit_root(condition, solver=solver, has_aux=has_aux)(run)
 
         @functools.wraps(solver_fn)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -88,15 +96,10 @@ def custom_root(
                 )
             outer = tuple(rest[place - 1] for place in places)
             rest = [None if i in places else a for i, a in enumerate(rest, 1)]
-            data = _constant((rest, bound.kwargs))
+            data = detached((rest, bound.kwargs))
             leaves = pytree.tree_leaves(initial)
             size = sum(t.numel() for t in leaves if isinstance(t, Tensor))
-            attach = implicit_root(
-                _put(optimality_fn, places),
-                solver=_linear_solver(solve, size),
-                has_aux=has_aux,
-            )
-            return attach(_put(solver_fn, places))(initial, outer, data)
+            return attached(size)(initial, outer, data)
 
         return wrapped
 
@@ -117,10 +120,6 @@ def _put(function: Callable[..., Any], places: tuple[int, ...]) -> Callable[...,
         return function(params, *values, **named)
 
     return of
-
-
-def _constant(tree: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
 def _linear_solver(solve: Any, size: int) -> str | Solver:

@@ -17,6 +17,7 @@ from .direct import Direct as Direct
 from .gmres import GMRES as GMRES
 from .heavy_ball import HeavyBall as HeavyBall
 from .identity import Identity as Identity
+from .loops import constant as constant
 from .loops import differentiated as differentiated
 from .loops import may_look as may_look
 from .loops import transformed as transformed

@@ -80,11 +80,12 @@ class CG(Solver):
         size = b.abs().amax() if len(b) else b.new_ones(())
         size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
         r, b = r / size, b / size
-        target, cold = self.rtol**2 * torch.dot(b, b), ~x.any()
+        bb, cold = torch.dot(b, b), ~x.any()
+        target = self.rtol**2 * bb
         run = self._on_host if on_host(b) else self._on_device
         moved, r, flags = run(operator, r, target, cold)
         broken, unit = flags.pop("broken"), flags.pop("unit")
-        broken = broken | ~torch.isfinite(torch.dot(b, b))
+        broken = broken | ~torch.isfinite(bb)
         x = torch.where(broken, torch.nan, x + moved * (size / unit))
         converged = (torch.dot(r, r) <= target) & ~broken
         return solution(x, relative(r, b), converged=converged, **flags)

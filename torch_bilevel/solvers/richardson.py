@@ -124,10 +124,11 @@ def iterate(
     """
     if by_kernels(b):
         return _on_device(operator, b, x, r, eta, num_steps, rtol, last_product)
-    target = rtol**2 * torch.dot(b, b)
+    bb = torch.dot(b, b)
+    target = rtol**2 * bb
     rr, cold = torch.dot(r, r), ~x.any()
-    zero, no = torch.zeros_like(rr), torch.zeros_like(cold)
-    broken = ~torch.isfinite(torch.dot(b, b)) | ~torch.isfinite(rr) | no
+    zero = torch.zeros_like(rr)
+    broken = ~(torch.isfinite(bb) & torch.isfinite(rr))
     first = _State(x, r, rr, x, rr, zero, zero.long(), rr > target, broken)
 
     def step(state: _State) -> _State:
@@ -152,7 +153,7 @@ def iterate(
     x, r, rr, best, best_rr, curvature, steps, active, broken = state
     if not last_product:
         x, steps = torch.where(active, x + eta * r, x), steps + active
-    diverged = ~broken & ~(rr <= torch.dot(b, b) * (1 + 1e-3))
+    diverged = ~broken & ~(rr <= bb * (1 + 1e-3))
     return solution(
         torch.where(broken, torch.nan, torch.where(diverged, best, x)),
         relative(torch.where(diverged, best_rr, rr).sqrt().reshape(1), b),
