@@ -40,9 +40,12 @@ def plain(name):
 
 @pytest.fixture(autouse=True)
 def fused(request, monkeypatch):
-    """The formulas at every size, except where a test is about the choice."""
-    if "choice" not in request.keywords and "choice" not in request.node.name:
+    """The formulas at every size, except where a test is about the plain operations."""
+    if "operations" not in request.node.name:
         monkeypatch.setattr(formulas, "SMALL", -1)
+
+
+by_both = pytest.mark.parametrize("by", ["formulas", "operations"])
 
 
 # name, kind of target, options
@@ -116,8 +119,9 @@ def test_two_derivatives_in_every_argument(case, bias, weighted, reduction):
     agree(ours, two_derivatives(plain(name), args, **options), 1e-12)
 
 
+@by_both
 @pytest.mark.parametrize("case", CASES)
-def test_gradcheck_and_gradgradcheck(case):
+def test_gradcheck_and_gradgradcheck(case, by):
     name, kind, options = CASES[case]
     args = leaves(arguments(kind, n=4, d=2, c=3))
 
@@ -133,11 +137,11 @@ def test_gradcheck_and_gradgradcheck(case):
     "n, d, c", [(0, 3, 2), (1, 1, 1), (5, 3, 1), (1, 7, 4), (700, 3, 2)]
 )
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("keep", [True, False])
-def test_sizes_and_chunks(case, n, d, c, keep, monkeypatch):
+@pytest.mark.parametrize("by", ["formulas", "formulas, no state", "operations"])
+def test_sizes_and_chunks(case, n, d, c, by, monkeypatch):
     """Also an empty batch, one class, chunks, and outputs that are not kept."""
     monkeypatch.setattr(formulas, "CHUNK", 1)  # 256 rows
-    monkeypatch.setattr(formulas, "KEEP", 2**24 if keep else -1)
+    monkeypatch.setattr(formulas, "KEEP", -1 if by == "formulas, no state" else 2**24)
     name, kind, options = CASES[case]
     if case == "ignored":
         options = {"ignore_index": -100}
@@ -168,8 +172,9 @@ def test_outputs_are_never_materialised_when_there_are_many(monkeypatch):
     assert largest and max(largest) <= 256 * 50
 
 
+@by_both
 @pytest.mark.parametrize("case", ["indices", "probabilities", "logistic", "squared"])
-def test_extreme_outputs_are_finite_and_right(case):
+def test_extreme_outputs_are_finite_and_right(case, by):
     name, kind, options = CASES[case]
     args = arguments(kind)
     args[0] = args[0] * 1e4
@@ -268,8 +273,9 @@ def test_under_autocast(case):
     assert torch.equal(a, b)
 
 
+@by_both
 @pytest.mark.parametrize("case", CASES)
-def test_torch_func(case):
+def test_torch_func(case, by):
     """vmap over tasks, grad, vmap∘grad, grad∘grad and vmap∘grad∘grad equal the loop."""
     name, kind, options = CASES[case]
     tasks = [arguments(kind, seed=seed) for seed in range(3)]
@@ -484,7 +490,7 @@ def test_what_a_foreseen_direction_saves():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_the_choice_of_plain_operations_for_small_sizes(case, weighted, reduction):
+def test_plain_operations_for_small_sizes(case, weighted, reduction):
     name, kind, options = CASES[case]
     args = arguments(kind)
     args[4] = args[4] if weighted else None

@@ -59,7 +59,9 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The vector as parts of the recorded shapes, dtypes and devices."""
-        pieces = torch.split(vector, self.sizes)
+        # the derivative of a split is a copy, which one part can do without
+        whole = len(self.sizes) == 1
+        pieces = (vector,) if whole else torch.split(vector, self.sizes)
         return [
             piece.reshape(shape).to(device, dtype)
             for piece, shape, dtype, device in zip(

@@ -8,6 +8,7 @@ solution is differentiable (see `equations`), so ∇Φ is a function like any ot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ..errors import NeedsLoop, UnnamedClosure, UnsupportedTransform
 from ..estimators import Estimator, FiniteDifference, Implicit, Stochastic, parse
 from ..problem import scalar
 from ..second_order import untraced
-from ..solvers import Identity, Operator, Solver, differentiated
+from ..solvers import Identity, Operator, Solver, differentiated, transformed
 from .equations import System, numbers, solved, told
 from .evaluation import (
     Conditions,
@@ -27,9 +28,10 @@ from .evaluation import (
     reaches_others,
     refuse_inference_mode,
 )
-from .levels import surroundings
+from .levels import surroundings, tracked
 from .matrices import Jacobian, Trust
 from .trees import Flat, Operands
+from .two_losses import TwoLosses, fits_in_lanes
 
 Loss = Callable[[Any, Any, Any], Any]
 
@@ -68,16 +70,15 @@ class Hypergradient:
     def __init__(
         self, inner_loss: Loss, outer_loss: Loss, estimator: Estimator, name: str
     ):
-        self.inner_loss = inner_loss
-        self.outer_loss = outer_loss
+        self.losses = inner_loss, outer_loss
         self.estimator = estimator
         self.solver, self.damping, self.warm = _solver_of(estimator, name)
         self._looked: set[Any] = set()  # inside what closures were looked at
         self._trust = Trust()
 
     def __repr__(self) -> str:
-        names = (name_of(loss) for loss in (self.inner_loss, self.outer_loss))
-        return f"hypergradient({', '.join(names)}, estimator={str(self.estimator)!r})"
+        names = ", ".join(map(name_of, self.losses))
+        return f"hypergradient({names}, estimator={str(self.estimator)!r})"
 
     def __call__(
         self,
@@ -106,38 +107,66 @@ class Hypergradient:
         tensors, batches.tensors = batches.tensors, []  # not to be kept alive
         conditions = tuple(Conditions([y, *tensors]) for _ in range(2))  # of g and of f
 
-        def plain(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
-            batch = batches.tree(tensors)[which]
+        def plain(which: int, y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+            loss, batch = self.losses[which], batches.tree(tensors)[which]
             with evaluating():
                 found = loss(at_y.tree(y), at_x.tree(x), batch)
             return scalar(found, name_of(loss)).reshape(()).to(y.dtype)
 
-        def value(loss: Loss, which: int, y: Tensor, x: Tensor, *tensors: Tensor):
+        def value(which: int, *at: Tensor) -> Tensor:
             with conditions[which]():
-                return plain(loss, which, y, x, *tensors)
-
-        def inner_gradient(y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-            g = torch.func.grad(value, argnums=2)
-            return g(self.inner_loss, 0, y, x, *tensors)
+                return plain(which, *at)
 
         if not torch.compiler.is_compiling() and surroundings() not in self._looked:
             self._look(plain, (y, x, *tensors))
-        loss, pull = torch.func.vjp(  # type: ignore[misc]
-            lambda y, x: value(self.outer_loss, 1, y, x, *tensors), y, x
-        )
-        f_y, f_x = pull(torch.ones_like(loss))
-        v, found = self._solve(inner_gradient, f_y, start, (y, x, *tensors))
-        if isinstance(self.estimator, FiniteDifference):
-            Jv = self._difference(
-                lambda y, x: value(self.inner_loss, 0, y, x, *tensors), y, x, v
-            )
+        inner, outer = (functools.partial(value, which) for which in (0, 1))
+        both = TwoLosses(inner, outer, self.solver, self.damping)
+        start = start if self.warm else None
+        if self._at_once(both, start, (y, x, *tensors)):
+            w = y.new_zeros(0) if start is None else start
+            found = both.of_all_lanes(TwoLosses.solve, y, x, w, *tensors)
         else:
-            cross = torch.func.vjp(lambda x: inner_gradient(y, x, *tensors), x)[1]
-            (Jv,) = cross(v)
-        gradient = f_x - Jv
+            found = self._differentiable(both, start, (y, x, *tensors))
+        gradient, f, v, numbers = found
         norm = torch.linalg.vector_norm(gradient.detach())
-        report = Report(loss.detach(), norm, *told(found), at_y.tree(v.detach()))
+        report = Report(f.detach(), norm, *told(numbers), at_y.tree(v.detach()))
         return at_x.tree(gradient), report
+
+    def _at_once(
+        self, both: TwoLosses, start: Tensor | None, at: tuple[Tensor, ...]
+    ) -> bool:
+        """Whether nothing differentiates, and all lanes can be computed as one."""
+        if torch.compiler.is_compiling() or not self.solver.solves:
+            return False
+        if tracked(at if start is None else (*at, start)):
+            return False
+        if not transformed():
+            return True
+        y, x, *tensors = at
+        if not (self.solver.batched and fits_in_lanes(y, x, tensors)):
+            return False
+        return self._trust.check(
+            "both losses",
+            at,
+            lambda u: both.of_all_lanes(TwoLosses.products, y, x, u, *tensors),
+            lambda u: both.products_by_transforms(y, x, u, *tensors),
+        )
+
+    def _differentiable(
+        self, both: TwoLosses, start: Tensor | None, at: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """∇Φ, f, v and the numbers of the solve, by operations that can be differentiated."""
+        y, x, *tensors = at
+        f, pull = torch.func.vjp(lambda y, x: both.outer(y, x, *tensors), y, x)  # type: ignore[misc]
+        f_y, f_x = pull(torch.ones_like(f))
+        g_y = torch.func.grad(both.inner)
+        v, numbers = self._solve(g_y, f_y, start, at)
+        if isinstance(self.estimator, FiniteDifference):
+            Jv = self._difference(lambda y, x: both.inner(y, x, *tensors), y, x, v)
+        else:
+            cross = torch.func.vjp(lambda x: g_y(y, x, *tensors), x)[1]
+            (Jv,) = cross(v)
+        return f_x - Jv, f, v, numbers
 
     def _look(self, value: Callable[..., Tensor], at: Sequence[Tensor]) -> None:
         """Whether a loss depends on something differentiated or batched that is no argument.
@@ -148,8 +177,8 @@ class Hypergradient:
         Raises:
             UnnamedClosure: it does.
         """
-        for which, loss in enumerate((self.inner_loss, self.outer_loss)):
-            if reaches_others(lambda *at, w=which, f=loss: value(f, w, *at), at):
+        for which, loss in enumerate(self.losses):
+            if reaches_others(functools.partial(value, which), at):
                 raise UnnamedClosure(
                     f"{self!r}: {name_of(loss)} depends on a tensor that requires a gradient, or "
                     "that a transform around differentiates or batches, and that is none of its "
@@ -163,7 +192,7 @@ class Hypergradient:
         inner_gradient: Callable[..., Tensor],
         f_y: Tensor,
         start: Tensor | None,
-        rest: tuple[Tensor, ...],
+        at: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
         """Solve (H + δ) v = ∂_y f; v, and the numbers of the solve."""
 
@@ -176,7 +205,7 @@ class Hypergradient:
             return found.value, numbers(found)
         matrix = Jacobian(damped, symmetric=True, trust=self._trust)
         system = System(matrix, self.solver, repr(self), reported=True)
-        v, found = solved(system, f_y, start if self.warm else None, rest)
+        v, found = solved(system, f_y, start, at)
         return v, found
 
     def _difference(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import (
@@ -17,6 +18,7 @@ from torch._functorch.pyfunctorch import (
 from torch.autograd import forward_ad
 
 from ..errors import ForwardOverForward
+from ..solvers import differentiated
 
 _DEAD = -2  # the level of what is left of a transform that has returned
 
@@ -99,10 +101,22 @@ def surroundings() -> tuple[str, ...]:
 
 def every(tensor: Tensor) -> Tensor:
     """All lanes of a tensor, a constant that no transform knows of."""
+    with temporarily_clear_interpreter_stack():
+        return _unwrapped(tensor).detach()
+
+
+def tracked(tensors: Iterable[Tensor]) -> bool:
+    """Whether a transform, or autograd, may differentiate through one of the tensors."""
+    if differentiated() or forward_ad._current_level >= 0:
+        return True
+    recording = torch.is_grad_enabled()
+    return recording and any(_unwrapped(tensor).requires_grad for tensor in tensors)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    with temporarily_clear_interpreter_stack():
-        return tensor.detach()
+    return tensor
 
 
 def refuse_forward_over_forward(tensors: Iterable[Tensor], what: str) -> None:

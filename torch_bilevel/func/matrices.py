@@ -58,6 +58,32 @@ class Trust:
 
     below: dict[Any, bool] = field(default_factory=dict)
 
+    def check(
+        self,
+        what: str,
+        theta: Sequence[Tensor],
+        fast: Callable[[Tensor], Sequence[Tensor]],
+        slow: Callable[[Tensor], Sequence[Tensor]],
+    ) -> bool:
+        """Whether two ways to products along a direction like θ[0] agree.
+
+        Args:
+            what: is compared; asked once for every choice of what is batched.
+            theta: where.
+            fast: the products below ``vmap``.
+            slow: the same by ``vmap``.
+        """
+        key = (what, *(len(batches(tensor)) for tensor in theta))
+        if key not in self.below:
+            y = theta[0]
+            probe = normal(y.shape[-1]).to(y.device, y.dtype).expand_as(y)
+            tolerance = torch.finfo(y.dtype).eps ** 0.5
+            self.below[key] = all(
+                every(a - b).abs().amax() <= tolerance * every(b).abs().amax()
+                for a, b in zip(fast(probe), slow(probe), strict=True)
+            )
+        return self.below[key]
+
 
 class Jacobian(Matrix):
     """The derivative of ``function(y, *rest)`` with respect to y, with θ = (y, *rest).
@@ -82,17 +108,14 @@ class Jacobian(Matrix):
 
     def trusted(self, *theta: Tensor) -> bool:
         """Whether to record below the transforms that are active."""
-        batched = tuple(len(batches(tensor)) for tensor in theta)
-        if batched not in self.trust.below:
-            y, *rest = theta
-            probe = normal(y.shape[-1]).to(y.device, y.dtype).expand_as(y)
-            fast = Record(self.function, y, rest, below=True)(probe)
-            y = with_lanes(y, rest)
-            slow = self.transposed(with_lanes(probe, [y]), y, *rest)
-            off, size = (every(x).abs().amax() for x in (fast - slow, slow))
-            tolerance = torch.finfo(y.dtype).eps ** 0.5
-            self.trust.below[batched] = bool(off <= tolerance * size)
-        return self.trust.below[batched]
+        y, *rest = theta
+        lanes = with_lanes(y, rest)
+        return self.trust.check(
+            "the products",
+            theta,
+            lambda u: [Record(self.function, y, rest, below=True)(u)],
+            lambda u: [self.transposed(with_lanes(u, [lanes]), lanes, *rest)],
+        )
 
     def product(self, v: Tensor, *theta: Tensor) -> Tensor:
         """See `Matrix.product`."""

@@ -156,7 +156,7 @@ def weighted_sum(losses: Tensor, share: Tensor | None, omega: Tensor | None) -> 
     each = losses if omega is None else _each(losses)
     if share is None or share.dim() == 0:
         return times(times(each, omega).sum(), share)
-    return (each * times(share, omega)).sum()
+    return torch.dot(each, times(share, omega))
 
 
 def _each(values: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ from ..kernels.links import SOFTMAX
 from .fused import resolve
 from .link import Link
 from .reduction import (
+    as_written,
     check,
     check_tensors,
     loss_of,
     plain_loss,
     real_target,
-    too_small,
 )
 
 
@@ -39,10 +39,16 @@ class _Indices(Link):
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logp = torch.log_softmax(z, 0)
+        return self._losses(logp, t), logp.exp()
+
+    def losses(self, z: Tensor, t: Tensor) -> Tensor:
+        return self._losses(torch.log_softmax(z, 0), t)
+
+    def _losses(self, logp: Tensor, t: Tensor) -> Tensor:
         loss = -logp.gather(0, t.unsqueeze(0)).squeeze(0)
         if self.smoothing:
             loss = (1 - self.smoothing) * loss - self.smoothing * logp.mean(0)
-        return loss, logp.exp()
+        return loss
 
     def residual(self, state: Tensor, t: Tensor) -> Tensor:
         one = torch.full_like(t, self.smoothing - 1, dtype=state.dtype).unsqueeze(0)
@@ -158,7 +164,7 @@ def linear_cross_entropy(
     valid: Tensor | None = None
     kind = None if soft else SOFTMAX
     kernel = resolve(name, kernel, kind, x, weight)
-    if too_small(x, weight, kernel):
+    if as_written(x, weight, kernel):
         count = len(x) if soft else (target != ignore_index).sum()
         function = partial(
             F.cross_entropy,

@@ -24,7 +24,7 @@ class _Logistic(Link):
     plain = staticmethod(F.binary_cross_entropy_with_logits)
 
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return F.softplus(z) - z * t, z
+        return -F.logsigmoid(-z) - z * t, z
 
     def residual(self, state: Tensor, t: Tensor) -> Tensor:
         return state.sigmoid() - t

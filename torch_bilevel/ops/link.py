@@ -33,6 +33,10 @@ class Link(abc.ABC):
     def value(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ and the state."""
 
+    def losses(self, z: Tensor, t: Tensor) -> Tensor:
+        """ℓ alone, by operations that autograd differentiates."""
+        return self.value(z, t)[0]
+
     @abc.abstractmethod
     def residual(self, state: Tensor, t: Tensor) -> Tensor:
         """The residual r = ∂_z ℓ."""

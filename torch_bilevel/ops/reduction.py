@@ -15,7 +15,7 @@ from . import formulas
 from .along import loss_along
 from .cut import cutting, fusing, model_output
 from .foresee import direction
-from .formulas import times
+from .formulas import outputs, times, weighted_sum
 from .fused import resolve
 from .linear_loss import linear_loss
 from .link import Link
@@ -105,17 +105,24 @@ def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def too_small(x: Tensor, weight: Tensor, kernel: str) -> bool:
     """Whether an autograd function in Python would cost more than it saves.
 
-    Not where it costs nothing: in programs that are recorded, and under function transforms; nor
-    with a kernel, on a device where launches cost more than Python.
+    Not where it costs nothing: in programs that are recorded; nor with a kernel, on a device where
+    launches cost more than Python.
     """
     return (
         kernel == "torch"
         and x.numel() * len(weight) <= formulas.SMALL
         and not fusing()
-        and not cutting()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch._C._are_functorch_transforms_active()
     )
+
+
+def as_written(x: Tensor, weight: Tensor, kernel: str) -> bool:
+    """Whether to compute what is too small as ``torch.nn.functional`` does, fastest to first order.
+
+    Under function transforms the formulas' own operations are faster: `loss_of` takes them.
+    """
+    active = cutting() or torch._C._are_functorch_transforms_active()
+    return too_small(x, weight, kernel) and not active
 
 
 def plain_loss(
@@ -182,10 +189,17 @@ def loss_of(
         else:
             share = share / share.sum()
     summed = reduction != "none"
-    if cutting():  # the model ends at the outputs: its loss is a function of its own
-        z = model_output(_outputs(x, weight, bias))
-        losses = times(times(link.value(z.mT, target)[0], share), example_weights)
-        losses = losses.sum() if summed else losses
+    cut = cutting()  # the model ends at the outputs: its loss is a function of its own
+    if cut or too_small(x, weight, link.kernel):
+        if cut:
+            z = model_output(_outputs(x, weight, bias)).mT
+        else:
+            b = None if bias is None else bias.to(dtype)
+            z = outputs(x.to(dtype), weight.to(dtype), b)
+        losses = link.losses(z, target)
+        if summed:
+            return weighted_sum(losses, share, example_weights)
+        losses = times(times(losses, share), example_weights)
         return losses.mT if losses.dim() == 2 else losses
     along = direction(weight, bias)
     constant = not (x.requires_grad or target.requires_grad)
@@ -217,7 +231,7 @@ def elementwise(
     target = real_target(name, target, x, weight)
     given = example_weights
     kernel = resolve(name, kernel, kind.kind, x, weight)
-    if too_small(x, weight, kernel):
+    if as_written(x, weight, kernel):
         function = partial(kind.plain, target=target)
         result = plain_loss(function, x, weight, bias, given, None, reduction)
     else:

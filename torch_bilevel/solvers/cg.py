@@ -8,10 +8,12 @@ falls by (√κ − 1)/(√κ + 1) a step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,35 +176,44 @@ class CG(Solver):
 
     def _masked(self, operator: Operator, b: Tensor, x0: Tensor | None) -> Solution:
         """The same with flags for branches, on one system or, along leading dimensions, many."""
-        size = torch.linalg.vector_norm(b, torch.inf, -1, keepdim=True)
+        size = b.abs().amax(-1, keepdim=True)
         size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
-        b = b / size
-        zero, bb = torch.zeros_like(b), squared(b)
+        r = b / size
+        rr = bb = squared(r)
         no = torch.zeros_like(bb, dtype=torch.bool)
-        x, r, rr, cold = zero, b, bb, ~no
+        x, cold = None, ~no
         if x0 is not None:
-            r = b - operator(x0) / size
-            better = squared(r) < bb  # not where r is not finite
-            x = torch.where(better.unsqueeze(-1), x0, zero)
-            r = torch.where(better.unsqueeze(-1), r, b)
+            from_x0 = r - operator(x0) / size
+            better = (squared(from_x0) < bb).unsqueeze(-1)  # not where it is not finite
+            x = torch.where(better, x0, 0.0)
+            r = torch.where(better, from_x0, r)
             rr, cold = squared(r), ~x.any(-1)
         target, number = self.rtol**2 * bb, torch.zeros_like(bb)
         flags = (rr > target, no, ~torch.isfinite(bb), cold)
-        vectors = (zero.clone(), r.clone(), r.clone())  # which steps may write to
-        start = _State(*vectors, rr, rr, number, number, number.long(), *flags)
+        numbers: Any = (target, rr, rr, number, number, number.long(), *flags)
+        quiet: Any = contextlib.nullcontext()
         # below vmap, where many systems are one tensor, the host may look
         early = may_stop_early(b, self.rtol)
-        state = repeat(
-            lambda s: _step(operator, target, s),
-            start,
-            self.max_steps,
-            lambda s: s.active.any(),
-            early,
+        if may_look() and on_host(b):
+            numbers = (tensor.numpy() for tensor in numbers)
+            quiet = np.errstate(all="ignore")
+        goal, *numbers = numbers
+        vectors = (torch.zeros_like(r), r, r.clone())  # which steps may write to
+        with quiet:
+            state = repeat(
+                lambda s: _step(operator, goal, s),
+                _State(*vectors, *numbers),
+                self.max_steps,
+                lambda s: s.active.any(),
+                early,
+            )
+        moved, _, _, *numbers = state
+        rr, _, _, curvature, steps, _, negative, broken, _ = map(
+            torch.as_tensor, numbers
         )
-        moved, _, _, rr, _, _, curvature, steps, _, negative, broken, _ = state
-        lost = broken.unsqueeze(-1)
+        moved = moved * torch.where(broken.unsqueeze(-1), torch.nan, size)
         return solution(
-            torch.where(lost, torch.nan, x + moved * size),
+            moved if x is None else x + moved,
             torch.where(rr == 0, rr, (rr / bb).sqrt()),
             num_steps=steps,
             converged=(rr <= target) & ~broken,
@@ -222,61 +233,82 @@ def squared(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1).square()
 
 
-def _step(operator: Operator, target: Tensor, state: _State) -> _State:
-    """One step of every system that has not stopped."""
+def _step(operator: Operator, target: Any, state: _State) -> _State:
+    """One step of every system that has not stopped.
+
+    The numbers of the systems are NumPy arrays where the host may look: operations on so few cost
+    it a third of what they cost PyTorch.
+    """
     moved, r, p, rr, pp, scale, curvature, steps, active, *rest = state
     negative, broken, cold = rest
     tiny = 10 * torch.finfo(r.dtype).eps
+    host = isinstance(rr, np.ndarray)
+    xp: Any = np if host else torch
     Ap = operator(p)
-    pAp = dot(p, Ap)
-    along = pAp / pp
-    stretch = torch.linalg.vector_norm(Ap, dim=-1) / pp.sqrt()
+    pAp, length = dot(p, Ap), torch.linalg.vector_norm(Ap, dim=-1)
+    if host:
+        pAp, length = pAp.numpy(), length.numpy()
+    along, stretch = pAp / pp, length / xp.sqrt(pp)
     # squares of a large A may overflow
-    scale = torch.fmax(scale, torch.where(torch.isfinite(stretch), stretch, along))
-    curvature = torch.where(active, along, curvature)
-    broken = broken | (active & ~torch.isfinite(pAp))
-    bad = active & (along < -tiny * scale)
-    active = active & (along > tiny * scale) & ~broken
-    alpha = torch.where(active | (bad & cold), rr / pAp.abs(), 0).unsqueeze(-1)
+    scale = xp.fmax(scale, xp.where(xp.isfinite(stretch), stretch, along))
+    curvature = xp.where(active, along, curvature)
+    finite = xp.isfinite(pAp)
+    good = active & finite & (along > tiny * scale)
+    moves = good
+    if not host or (good != active).any():  # some system stops here
+        broken = broken | (active & ~finite)
+        bad = active & (along < -tiny * scale)
+        negative, moves = negative | bad, good | (bad & cold)
+    alpha = xp.where(moves, rr / abs(pAp), 0)
     # x + α p,  r − α A p,  r₊ + β p
     own = may_look()  # the vectors are the iteration's: no new memory for them
-    moved = moved.addcmul_(alpha, p) if own else moved.addcmul(alpha, p)
-    r = r.addcmul_(alpha, Ap, value=-1) if own else r.addcmul(alpha, Ap, value=-1)
+    by = _column(alpha)
+    moved = moved.addcmul_(by, p) if own else moved.addcmul(by, p)
+    r = r.addcmul_(by, Ap, value=-1) if own else r.addcmul(by, Ap, value=-1)
     next_rr = squared(r)
-    beta = torch.where(active, next_rr / rr, 0)
-    by = beta.unsqueeze(-1)
-    p = p.mul_(by).add_(r) if own else r.addcmul(by, p)
+    if host:
+        next_rr = next_rr.numpy()
+    beta = xp.where(good, next_rr / rr, 0)
+    by = _column(beta)
+    p = torch.addcmul(r, by, p, out=p) if own else r.addcmul(by, p)
     return _State(
         moved,
         r,
         p,
         next_rr,
-        next_rr + beta**2 * pp,  # r₊ is orthogonal to p
+        next_rr + beta * beta * pp,  # r₊ is orthogonal to p
         scale,
         curvature,
-        steps + active,
-        active & (next_rr > target),
-        negative | bad,
+        steps + good,
+        good & (next_rr > target),
+        negative,
         broken,
         cold & False,
     )
 
 
+def _column(numbers: Any) -> Tensor:
+    """A number for each system, to multiply vectors with."""
+    if isinstance(numbers, np.ndarray):
+        return torch.from_numpy(numbers[..., None])
+    return numbers.unsqueeze(-1)
+
+
 class _State(NamedTuple):
-    """CG in progress: x − x₀, r, p, their squares; the stretch of A; flags."""
+    """CG in progress: x − x₀, r, p; squares of r and p; the stretch of A; flags."""
 
     moved: Tensor
     r: Tensor
     p: Tensor
-    rr: Tensor
-    pp: Tensor
-    scale: Tensor
-    curvature: Tensor
-    steps: Tensor
-    active: Tensor
-    negative: Tensor
-    broken: Tensor
-    cold: Tensor
+    rr: Any  # tensors or arrays, a number for each system
+    pp: Any
+    scale: Any
+    curvature: Any
+    steps: Any
+    active: Any
+    negative: Any
+    broken: Any
+    cold: Any
 
 
 def _inner_products(rows: Tensor) -> Tensor:
