@@ -256,11 +256,17 @@ def systems():
     }
 
 
+@pytest.mark.parametrize("numbers", ["arrays", "tensors"])
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("rtol", [0.0, 1e-3, 1e-12])
 @pytest.mark.parametrize("max_steps", [1, 4, 30])
-def test_cg_of_many_systems_is_that_of_each(max_steps, rtol, warm):
+def test_cg_of_many_systems_is_that_of_each(max_steps, rtol, warm, numbers):
     """Every lane by its own rule, among lanes that end in every other way."""
+    with torch.set_grad_enabled(numbers == "tensors"):
+        check_many_systems(max_steps, rtol, warm)
+
+
+def check_many_systems(max_steps, rtol, warm):
     made, solver = systems(), CG(max_steps=max_steps, rtol=rtol)
     matrices, bs = (torch.stack(parts) for parts in zip(*made.values(), strict=True))
     x0 = torch.linspace(-1, 1, 6)
@@ -287,3 +293,100 @@ def test_cg_of_many_systems_is_that_of_each(max_steps, rtol, warm):
         if rtol:
             assert bool(together.converged[i]) == bool(alone.converged), name
             assert int(together.num_steps[i]) == int(alone.num_steps), name
+
+
+def test_cg_of_many_systems_in_any_dtype_and_recorded():
+    twice = Operator(lambda v: 2 * v, 3)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            found = CG().solve(twice, torch.ones(2, 3, dtype=dtype))
+            assert found.value.dtype is dtype
+            assert torch.allclose(found.value.double(), torch.full((2, 3), 0.5))
+        assert CG().solve(Operator(lambda v: v, 0), torch.ones(2, 0)).value.numel() == 0
+    b = torch.ones(2, 3, requires_grad=True)
+    CG().solve(twice, b).value.sum().backward()
+    assert b.grad is not None
+
+
+def test_a_vmap_of_which_nothing_has_lanes():
+    """Its random numbers are drawn as it says, whatever was computed before."""
+
+    def noisy(y, x, b):
+        return ((torch.dropout(y, 0.5, True) - x) ** 2).sum() + (y**2).sum()
+
+    h = tb.func.hypergradient(noisy, lambda y, x, b: ((y - 1) ** 2).sum(), "cg")
+    y, x = torch.randn(2, 4), torch.randn(4)
+
+    def rows(randomness):
+        one = lambda scale: h(y[0], x)[0] * scale  # noqa: E731
+        return vmap(one, randomness=randomness)(torch.ones(3))
+
+    def nested():
+        def one():
+            return vmap(lambda y: h(y, x)[0], randomness="different")(y)
+
+        return vmap(lambda s: one() * s, randomness="different")(torch.ones(3))
+
+    same = rows("same")
+    assert (same == same[0]).all()
+    assert not (rows("different") == rows("different")[0]).all()
+    with pytest.raises(RuntimeError, match="random"):
+        rows("error")
+    vmap(lambda y: h(y, x)[0], randomness="different")(y)
+    assert not (nested() == nested()[0]).all()
+
+
+def test_a_closure_with_lanes_beside_random_numbers():
+    """It cannot be told from the lanes of random numbers; it is an error of PyTorch's."""
+
+    def of(scale):
+        def inner(y, x, b):
+            kept = 0 * torch.dropout(torch.ones(4), 0.5, True)
+            return ((y * scale - x) ** 2).sum() + (kept * y).sum() + (y**2).sum()
+
+        return tb.func.hypergradient(inner, lambda y, x, b: ((y - 1) ** 2).sum(), "cg")
+
+    x, scales = torch.randn(4), torch.tensor([1.0, 2.0, 3.0])
+
+    def one(scale, y):
+        return of(scale)(y, x)[0]
+
+    with pytest.raises(RuntimeError):
+        vmap(one, randomness="different")(scales, torch.randn(3, 4))
+
+
+def test_no_numbers_at_all():
+    h = tb.func.hypergradient(
+        lambda y, x, b: (y**2).sum() + x.sum(), lambda y, x, b: y.sum(), "cg"
+    )
+    nothing = torch.zeros(0)
+    found = vmap(lambda y: h(y, nothing)[0])(torch.randn(3, 4))
+    assert found.shape == (3, 0)
+
+
+@pytest.mark.parametrize("lanes", [True, False])
+def test_a_loss_that_writes_into_its_batch(lanes):
+    def writing(y, x, b):
+        b -= 1
+        return ((y * b - x) ** 2).sum()
+
+    h = tb.func.hypergradient(writing, lambda y, x, b: (y**2).sum(), "cg")
+    y, x, b = torch.randn(3, 4), torch.randn(3, 4), torch.ones(4)
+    with pytest.raises(tb.BatchChanged, match="writes in place"):
+        vmap(lambda y, x: h(y, x, b))(y, x) if lanes else h(y[0], x[0], b)
+
+
+def test_a_lane_that_is_not_finite_says_nothing_of_other_points():
+    h = tb.func.hypergradient(inner, outer, "cg")
+    data, y = (torch.eye(4), torch.ones(4)), torch.randn(3, 4)
+    broken = y.clone()
+    broken[1, 2] = torch.nan
+
+    def rows(y):
+        return vmap(lambda y: h(y, torch.ones(4), data, data)[0])(y)
+
+    found = rows(broken)
+    assert found[1].isnan().all()
+    expected = rows(y)
+    assert h._trust.below and all(h._trust.below.values())
+    assert torch.allclose(found[[0, 2]], expected[[0, 2]], rtol=1e-8)

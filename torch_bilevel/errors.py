@@ -71,7 +71,7 @@ class NoInnerStep(BilevelError):
 
 
 class BatchChanged(BilevelError):
-    """A recorded argument was changed in place after the loss was evaluated on it."""
+    """An argument was changed in place after, or while, the loss was evaluated on it."""
 
 
 class ArgumentCarriesGraph(BilevelError):

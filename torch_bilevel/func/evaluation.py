@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
-from ..errors import UnsupportedTransform
+from ..errors import BatchChanged, UnsupportedTransform
 from ..problem import Randomness, autocast, autocast_state
 from ..second_order import second_order
 from .levels import batches, derivatives, plain
@@ -96,7 +96,7 @@ class Conditions:
 
 
 def on_constants(
-    function: Callable[..., Any], tensors: Sequence[Tensor]
+    function: Callable[..., Any], tensors: Sequence[Tensor], owner: str
 ) -> tuple[list[Tensor], bool]:
     """What a function gives on plain constants in place of its arguments, and whether it drew.
 
@@ -105,20 +105,45 @@ def on_constants(
 
     Returns:
         The tensors of its result; whether random numbers were drawn, of which lanes may be too.
+
+    Raises:
+        BatchChanged: it wrote into what it was given.
     """
     constants = [plain(tensor) for tensor in tensors]
+    versions = [_writes(tensor) for tensor in constants]
     devices = accelerators(constants)
     with drawing(devices, generators(devices)), torch.enable_grad():
         before = _drawn_so_far(devices)
         leaves = pytree.tree_leaves(function(*constants))
         drawn = _drawn_so_far(devices) != before
+    for tensor, version in zip(constants, versions, strict=True):
+        if _writes(tensor) != version:
+            raise BatchChanged(
+                f"{owner} writes in place into one of its arguments (shape "
+                f"{tuple(tensor.shape)}, {tensor.dtype}), which is now another one: every further "
+                "evaluation, and a derivative needs several, would see other numbers. Write "
+                "b = b - c instead of b -= c, or clone() first."
+            )
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)], drawn
 
 
-def reaches_others(function: Callable[..., Any], tensors: Sequence[Tensor]) -> bool:
-    """Whether a function depends on a differentiated or batched tensor that is no argument."""
-    seen, drawn = on_constants(function, tensors)
-    return any(derivatives(leaf) or (batches(leaf) and not drawn) for leaf in seen)
+def reaches_others(
+    function: Callable[..., Any], tensors: Sequence[Tensor], owner: str
+) -> bool | None:
+    """Whether a function depends on a differentiated or batched tensor that is no argument.
+
+    None where it has lanes, but drew random numbers, which may have them.
+    """
+    seen, drawn = on_constants(function, tensors, owner)
+    if any(map(derivatives, seen)):
+        return True
+    lanes = any(map(batches, seen))
+    return None if lanes and drawn else lanes
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor was written to, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def name_of(function: Any) -> str:

@@ -74,6 +74,7 @@ class Hypergradient:
         self.estimator = estimator
         self.solver, self.damping, self.warm = _solver_of(estimator, name)
         self._looked: set[Any] = set()  # inside what closures were looked at
+        self._doubtful: set[Any] = set()  # of these, where lanes of a closure may hide
         self._trust = Trust()
 
     def __repr__(self) -> str:
@@ -120,20 +121,20 @@ class Hypergradient:
         if not torch.compiler.is_compiling() and surroundings() not in self._looked:
             self._look(plain, (y, x, *tensors))
         inner, outer = (functools.partial(value, which) for which in (0, 1))
-        both = TwoLosses(inner, outer, self.solver, self.damping)
+        losses = TwoLosses(inner, outer, self.solver, self.damping)
         start = start if self.warm else None
-        if self._at_once(both, start, (y, x, *tensors)):
+        if self._at_once(losses, start, (y, x, *tensors)):
             w = y.new_zeros(0) if start is None else start
-            found = both.of_all_lanes(TwoLosses.solve, y, x, w, *tensors)
+            found = losses.solve(y, x, w, *tensors)
         else:
-            found = self._differentiable(both, start, (y, x, *tensors))
-        gradient, f, v, numbers = found
+            found = self._differentiable(losses, start, (y, x, *tensors))
+        gradient, f, v, ended = found
         norm = torch.linalg.vector_norm(gradient.detach())
-        report = Report(f.detach(), norm, *told(numbers), at_y.tree(v.detach()))
+        report = Report(f.detach(), norm, *told(ended), at_y.tree(v.detach()))
         return at_x.tree(gradient), report
 
     def _at_once(
-        self, both: TwoLosses, start: Tensor | None, at: tuple[Tensor, ...]
+        self, losses: TwoLosses, start: Tensor | None, at: tuple[Tensor, ...]
     ) -> bool:
         """Whether nothing differentiates, and all lanes can be computed as one."""
         if torch.compiler.is_compiling() or not self.solver.solves:
@@ -145,28 +146,30 @@ class Hypergradient:
         y, x, *tensors = at
         if not (self.solver.batched and fits_in_lanes(y, x, tensors)):
             return False
+        if surroundings() in self._doubtful:
+            return False
         return self._trust.check(
-            "both losses",
+            "hypergradient",
             at,
-            lambda u: both.of_all_lanes(TwoLosses.products, y, x, u, *tensors),
-            lambda u: both.products_by_transforms(y, x, u, *tensors),
+            lambda u: losses.products(y, x, u, *tensors),
+            lambda u: losses.products_by_transforms(y, x, u, *tensors),
         )
 
     def _differentiable(
-        self, both: TwoLosses, start: Tensor | None, at: tuple[Tensor, ...]
+        self, losses: TwoLosses, start: Tensor | None, at: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """∇Φ, f, v and the numbers of the solve, by operations that can be differentiated."""
         y, x, *tensors = at
-        f, pull = torch.func.vjp(lambda y, x: both.outer(y, x, *tensors), y, x)  # type: ignore[misc]
+        f, pull = torch.func.vjp(lambda y, x: losses.outer(y, x, *tensors), y, x)  # type: ignore[misc]
         f_y, f_x = pull(torch.ones_like(f))
-        g_y = torch.func.grad(both.inner)
-        v, numbers = self._solve(g_y, f_y, start, at)
+        g_y = torch.func.grad(losses.inner)
+        v, ended = self._solve(g_y, f_y, start, at)
         if isinstance(self.estimator, FiniteDifference):
-            Jv = self._difference(lambda y, x: both.inner(y, x, *tensors), y, x, v)
+            Jv = self._difference(lambda y, x: losses.inner(y, x, *tensors), y, x, v)
         else:
             cross = torch.func.vjp(lambda x: g_y(y, x, *tensors), x)[1]
             (Jv,) = cross(v)
-        return f_x - Jv, f, v, numbers
+        return f_x - Jv, f, v, ended
 
     def _look(self, value: Callable[..., Tensor], at: Sequence[Tensor]) -> None:
         """Whether a loss depends on something differentiated or batched that is no argument.
@@ -176,11 +179,16 @@ class Hypergradient:
 
         Raises:
             UnnamedClosure: it does.
+            BatchChanged: a loss writes into its batch.
         """
         for which, loss in enumerate(self.losses):
-            if reaches_others(functools.partial(value, which), at):
+            owner = f"{self!r}: {name_of(loss)}"
+            found = reaches_others(functools.partial(value, which), at, owner)
+            if found is None:
+                self._doubtful.add(surroundings())
+            elif found:
                 raise UnnamedClosure(
-                    f"{self!r}: {name_of(loss)} depends on a tensor that requires a gradient, or "
+                    f"{owner} depends on a tensor that requires a gradient, or "
                     "that a transform around differentiates or batches, and that is none of its "
                     "arguments; it would be missed. Pass it as inner, outer or in the batch (for a "
                     "module: torch.func.functional_call), or detach() it."
@@ -241,8 +249,10 @@ def hypergradient(
     A loss that draws random numbers (dropout) draws the same ones in every evaluation of a call;
     compiled it draws new ones in every product: pass noise in the batch there.
 
-    Costs: f and its gradient; three gradients for the linearisations and about one a product. Under
-    ``vmap`` "cg" stops when every lane has; other solvers take all steps that they may.
+    Costs: both losses once, a gradient of each, and about a gradient for every product and for J v;
+    two evaluations of g more where the result can be differentiated, or under ``vmap`` with another
+    solver than "cg". The first call looks at closures: an evaluation more. Under ``vmap`` "cg"
+    stops when every lane has; other solvers take all steps that they may.
 
     Args:
         inner_loss: g, ``(inner, outer, inner_batch) -> scalar``, twice differentiable.
@@ -257,6 +267,7 @@ def hypergradient(
     Raises:
         NeedsLoop: the estimator differentiates recorded steps, draws samples or remembers.
         UnsupportedTransform: a derivative of it is compiled.
+        BatchChanged: a loss writes into its batch.
         UnnamedClosure: a loss reaches, in its first call, a tensor that requires a gradient and is
             none of its arguments.
         UnsupportedParameter: a leaf of ``inner`` or ``outer`` is no floating-point tensor.

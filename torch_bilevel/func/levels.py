@@ -105,8 +105,15 @@ def every(tensor: Tensor) -> Tensor:
         return _unwrapped(tensor).detach()
 
 
+def lanes() -> set[int]:
+    """The levels of ``vmap`` that are active."""
+    stack = _functorch.get_interpreter_stack() or []
+    kind = _functorch.TransformType.Vmap
+    return {level.level() for level in stack if level.key() == kind}
+
+
 def tracked(tensors: Iterable[Tensor]) -> bool:
-    """Whether a transform, or autograd, may differentiate through one of the tensors."""
+    """Whether a transform that differentiates is active, or autograd records one of the tensors."""
     if differentiated() or forward_ad._current_level >= 0:
         return True
     recording = torch.is_grad_enabled()

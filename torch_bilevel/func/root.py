@@ -383,7 +383,7 @@ def _refuse_unnamed(root: Root, theta: Sequence[Tensor]) -> None:
     def at_the_solution(y: Tensor, *rest: Tensor) -> Tensor:
         return root.residual(y, y, *rest)
 
-    if reaches_others(at_the_solution, theta):
+    if reaches_others(at_the_solution, theta, root.owner):
         raise UnnamedClosure(
             f"{root.owner}: the optimality condition depends on a tensor that requires a "
             "gradient, or that a transform around differentiates or batches, and that is neither "

@@ -240,7 +240,8 @@ def _refuse_closures(steps: Any, at: Any, start: int, option: str) -> None:
         after = steps.on(operands.tree(tensors), start, start + 1)
         return after.inner, after.state
 
-    seen, _ = on_constants(step, operands.tensors)
+    owner = f"unroll({option}): the inner loss or the rule"
+    seen, _ = on_constants(step, operands.tensors, owner)
     if any(map(derivatives, seen)):
         raise UnnamedClosure(
             f"unroll({option}): the inner loss or the rule uses a tensor that is differentiated "

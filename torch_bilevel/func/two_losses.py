@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..solvers import Operator, Solver
 from .equations import numbers
-from .levels import batches
+from .levels import batches, lanes
 from .matrices import Below, lanes_at, with_lanes
 
-Loss = Callable[..., Tensor]  # (y, x, *tensors), a number, or one for each lane
+Value = Callable[..., Tensor]  # (y, x, *tensors), a number, or one for each lane
 
 
 class Derivatives(NamedTuple):
@@ -53,8 +53,8 @@ class TwoLosses:
         damping: δ.
     """
 
-    inner: Loss
-    outer: Loss
+    inner: Value
+    outer: Value
     solver: Solver
     damping: float
 
@@ -85,6 +85,9 @@ class TwoLosses:
 
     def solve(self, y: Tensor, x: Tensor, start: Tensor, *tensors: Tensor) -> Any:
         """∇Φ, f, v and the numbers of the solve; without a start if it is empty."""
+        return _AllLanes.apply(self, TwoLosses._solve, y, x, start, *tensors)
+
+    def _solve(self, y: Tensor, x: Tensor, start: Tensor, *tensors: Tensor) -> Any:
         at = self.derivatives(y, x, *tensors)
         operator = Operator(at.curvature, y.shape[-1])
         x0 = start if self.solver.uses_start and start.numel() else None
@@ -94,6 +97,9 @@ class TwoLosses:
 
     def products(self, y: Tensor, x: Tensor, u: Tensor, *tensors: Tensor) -> Any:
         """f, ∂_y f, ∂_x f, (H + δ) u and J u."""
+        return _AllLanes.apply(self, TwoLosses._products, y, x, u, *tensors)
+
+    def _products(self, y: Tensor, x: Tensor, u: Tensor, *tensors: Tensor) -> Any:
         at = self.derivatives(y, x, *tensors)
         return *at[:3], at.curvature(u), at.mixed(u)
 
@@ -108,17 +114,6 @@ class TwoLosses:
         H_and_J = torch.func.vjp(lambda y, x: g_y(y, x, *tensors), y, x)[1]
         Hu, Ju = H_and_J(u)
         return f, *pull(torch.ones_like(f)), Hu + self.damping * u, Ju
-
-    def of_all_lanes(
-        self,
-        work: Callable[..., Any],
-        y: Tensor,
-        x: Tensor,
-        w: Tensor,
-        *tensors: Tensor,
-    ) -> Any:
-        """`solve` or `products` below all ``vmap``."""
-        return _Lanes.apply(self, work, y, x, w, *tensors)
 
 
 def _derivative(
@@ -140,33 +135,34 @@ def _derivative(
     )
 
 
-class _Lanes(Below):
+class _AllLanes(Below):
     """What two losses give, of all lanes at once."""
 
     @staticmethod
     def forward(
-        both: TwoLosses, work: Any, y: Tensor, x: Tensor, w: Tensor, *tensors: Tensor
+        losses: TwoLosses, work: Any, y: Tensor, x: Tensor, w: Tensor, *tensors: Tensor
     ) -> Any:  # type: ignore[override]
-        return work(both, y, x, w, *tensors)
+        return work(losses, y, x, w, *tensors)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, both: TwoLosses, work: Any, *given: Tensor
-    ) -> Any:  # type: ignore[override]
+    def vmap(info: Any, in_dims: Any, losses: TwoLosses, work: Any, *given: Any) -> Any:  # type: ignore[override]
         """One level less."""
         y, x, w = (
             lanes_at(tensor, dim, 0, info.batch_size)
             for tensor, dim in zip(given[:3], in_dims[2:5], strict=True)
         )
-        every = both.of_lanes(in_dims[5:], info.randomness)
-        found = _Lanes.apply(every, work, y, x, w, *given[3:])
+        of_all = losses.of_lanes(in_dims[5:], info.randomness)
+        found = _AllLanes.apply(of_all, work, y, x, w, *given[3:])
         return found, (0,) * len(found)
 
 
 def fits_in_lanes(y: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether x has a lane wherever another tensor has one, or is small enough to be given one.
+    """Whether every lane has a y or data of its own, and x has, or is small enough to be given one.
 
-    A large x is better shared by the lanes, as the losses read it.
+    A large x is better shared by the lanes, as the losses read it. A ``vmap`` of which nothing has
+    lanes would not be seen below it, nor what it says of random numbers.
     """
-    lanes = {level for tensor in (y, *tensors) for level in batches(tensor)}
-    return lanes <= batches(x) or x.numel() <= 2 * y.numel()
+    own = {level for tensor in (y, *tensors) for level in batches(tensor)}
+    if lanes() != own | batches(x):
+        return False
+    return own <= batches(x) or x.numel() <= 2 * y.numel()

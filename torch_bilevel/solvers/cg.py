@@ -176,7 +176,7 @@ class CG(Solver):
 
     def _masked(self, operator: Operator, b: Tensor, x0: Tensor | None) -> Solution:
         """The same with flags for branches, on one system or, along leading dimensions, many."""
-        size = b.abs().amax(-1, keepdim=True)
+        size = b.abs().amax(-1, keepdim=True) if b.shape[-1] else b.new_ones(())
         size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
         r = b / size
         rr = bb = squared(r)
@@ -191,22 +191,20 @@ class CG(Solver):
         target, number = self.rtol**2 * bb, torch.zeros_like(bb)
         flags = (rr > target, no, ~torch.isfinite(bb), cold)
         numbers: Any = (target, rr, rr, number, number, number.long(), *flags)
-        quiet: Any = contextlib.nullcontext()
         # below vmap, where many systems are one tensor, the host may look
         early = may_stop_early(b, self.rtol)
-        if may_look() and on_host(b):
+        known_to_numpy = b.dtype in (torch.float32, torch.float64)
+        if may_look() and on_host(b) and known_to_numpy and not torch.is_grad_enabled():
             numbers = (tensor.numpy() for tensor in numbers)
-            quiet = np.errstate(all="ignore")
         goal, *numbers = numbers
         vectors = (torch.zeros_like(r), r, r.clone())  # which steps may write to
-        with quiet:
-            state = repeat(
-                lambda s: _step(operator, goal, s),
-                _State(*vectors, *numbers),
-                self.max_steps,
-                lambda s: s.active.any(),
-                early,
-            )
+        state = repeat(
+            lambda s: _step(operator, goal, s),
+            _State(*vectors, *numbers),
+            self.max_steps,
+            lambda s: s.active.any(),
+            early,
+        )
         moved, _, _, *numbers = state
         rr, _, _, curvature, steps, _, negative, broken, _ = map(
             torch.as_tensor, numbers
@@ -248,27 +246,30 @@ def _step(operator: Operator, target: Any, state: _State) -> _State:
     pAp, length = dot(p, Ap), torch.linalg.vector_norm(Ap, dim=-1)
     if host:
         pAp, length = pAp.numpy(), length.numpy()
-    along, stretch = pAp / pp, length / xp.sqrt(pp)
-    # squares of a large A may overflow
-    scale = xp.fmax(scale, xp.where(xp.isfinite(stretch), stretch, along))
-    curvature = xp.where(active, along, curvature)
-    finite = xp.isfinite(pAp)
-    good = active & finite & (along > tiny * scale)
-    moves = good
-    if not host or (good != active).any():  # some system stops here
-        broken = broken | (active & ~finite)
-        bad = active & (along < -tiny * scale)
-        negative, moves = negative | bad, good | (bad & cold)
-    alpha = xp.where(moves, rr / abs(pAp), 0)
+    with _quiet(host):
+        along, stretch = pAp / pp, length / xp.sqrt(pp)
+        # squares of a large A may overflow
+        scale = xp.fmax(scale, xp.where(xp.isfinite(stretch), stretch, along))
+        curvature = xp.where(active, along, curvature)
+        finite = xp.isfinite(pAp)
+        good = active & finite & (along > tiny * scale)
+        moves = good
+        if not host or (good != active).any():  # some system stops here
+            broken = broken | (active & ~finite)
+            bad = active & (along < -tiny * scale)
+            negative, moves = negative | bad, good | (bad & cold)
+        alpha = _column(xp.where(moves, rr / abs(pAp), 0))
     # x + α p,  r − α A p,  r₊ + β p
-    own = may_look()  # the vectors are the iteration's: no new memory for them
-    by = _column(alpha)
-    moved = moved.addcmul_(by, p) if own else moved.addcmul(by, p)
-    r = r.addcmul_(by, Ap, value=-1) if own else r.addcmul(by, Ap, value=-1)
+    # the vectors are the iteration's: no new memory for them
+    own = may_look() and not torch.is_grad_enabled()
+    moved = moved.addcmul_(alpha, p) if own else moved.addcmul(alpha, p)
+    r = r.addcmul_(alpha, Ap, value=-1) if own else r.addcmul(alpha, Ap, value=-1)
     next_rr = squared(r)
     if host:
         next_rr = next_rr.numpy()
-    beta = xp.where(good, next_rr / rr, 0)
+    with _quiet(host):
+        beta = xp.where(good, next_rr / rr, 0)
+        pp = next_rr + beta * beta * pp  # r₊ is orthogonal to p
     by = _column(beta)
     p = torch.addcmul(r, by, p, out=p) if own else r.addcmul(by, p)
     return _State(
@@ -276,7 +277,7 @@ def _step(operator: Operator, target: Any, state: _State) -> _State:
         r,
         p,
         next_rr,
-        next_rr + beta * beta * pp,  # r₊ is orthogonal to p
+        pp,
         scale,
         curvature,
         steps + good,
@@ -285,6 +286,11 @@ def _step(operator: Operator, target: Any, state: _State) -> _State:
         broken,
         cold & False,
     )
+
+
+def _quiet(host: bool) -> Any:
+    """A region in which NumPy divides by zero as PyTorch does."""
+    return np.errstate(all="ignore") if host else contextlib.nullcontext()
 
 
 def _column(numbers: Any) -> Tensor:

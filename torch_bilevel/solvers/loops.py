@@ -55,14 +55,15 @@ def repeat(
     step: Callable[[S], S],
     state: S,
     num_steps: int,
-    going: Callable[[S], Tensor],
+    going: Callable[[S], Any],
     early: bool,
 ) -> S:
     """Take a step until the iteration stops, at most ``num_steps`` times.
 
     Args:
-        step: of a state makes the next; pure; changes nothing that matters once it has stopped.
-        state: a tuple of tensors.
+        step: of a state makes the next; pure under transforms and compiled; changes nothing that
+            matters once it has stopped.
+        state: a tuple of tensors; also of arrays where the host may look.
         num_steps: cap on the number of steps.
         going: whether it goes on, 0-d.
         early: see `may_stop_early`.
