@@ -48,20 +48,28 @@ class Quadratic:
         return self.H + self.K @ R + (self.K @ R).T + R.T @ self.F @ R
 
 
-class Ridge:
-    """One log-penalty a coordinate: ∇Φ = −e^λ ∘ w* ∘ (XᵀX/n + diag e^λ)⁻¹ r."""
+class LeastSquares:
+    """Twelve equations to fit, and nine that judge the fit."""
+
+    num_outer: int
 
     def __init__(self):
         self.X, self.t = torch.randn(12, 4), torch.randn(12)
         self.Xv, self.tv = torch.randn(9, 4), torch.randn(9)
-        self.x = torch.randn(4)
+        self.x = torch.randn(self.num_outer)
+
+    def f(self, w, x, batch=None):
+        return ((self.Xv @ w - self.tv) ** 2).mean() / 2
+
+
+class Ridge(LeastSquares):
+    """One log-penalty a coordinate: ∇Φ = −e^λ ∘ w* ∘ (XᵀX/n + diag e^λ)⁻¹ r."""
+
+    num_outer = 4
 
     def g(self, w, x, batch=None):
         fit = ((self.X @ w - self.t) ** 2).mean() / 2
         return fit + (x.exp() * w**2).sum() / 2
-
-    def f(self, w, x, batch=None):
-        return ((self.Xv @ w - self.tv) ** 2).mean() / 2
 
     def system(self, x):
         return self.X.T @ self.X / 12 + torch.diag(x.exp())
@@ -75,20 +83,14 @@ class Ridge:
         return -x.exp() * w * torch.linalg.solve(self.system(x), r)
 
 
-class DataWeights:
+class DataWeights(LeastSquares):
     """Hyper-cleaning by least squares: ∂Φ/∂x_i = −σ_i(1 − σ_i)/n (x_iᵀw − y_i)(x_iᵀq)."""
 
-    def __init__(self):
-        self.X, self.t = torch.randn(12, 4), torch.randn(12)
-        self.Xv, self.tv = torch.randn(9, 4), torch.randn(9)
-        self.x = torch.randn(12)
+    num_outer = 12
 
     def g(self, w, x, batch=None):
         losses = (self.X @ w - self.t) ** 2 / 2
         return (x.sigmoid() * losses).mean() + 0.05 * (w**2).sum()
-
-    def f(self, w, x, batch=None):
-        return ((self.Xv @ w - self.tv) ** 2).mean() / 2
 
     def system(self, x):
         D = x.sigmoid()[:, None]

@@ -84,9 +84,8 @@ class Conditions:
             yield
             return
         with contextlib.ExitStack() as stack:
-            if (
-                autocast_state(self.kinds) != self.autocast
-            ):  # backward runs outside of it
+            # a backward pass runs outside of the user's region
+            if autocast_state(self.kinds) != self.autocast:
                 stack.enter_context(autocast(self.autocast))
             if self.randomness is None:
                 self.randomness = generators(self.devices)

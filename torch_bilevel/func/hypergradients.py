@@ -160,8 +160,7 @@ class Hypergradient:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """∇Φ, f, v and the numbers of the solve, by operations that can be differentiated."""
         y, x, *tensors = at
-        f, pull = torch.func.vjp(lambda y, x: losses.outer(y, x, *tensors), y, x)  # type: ignore[misc]
-        f_y, f_x = pull(torch.ones_like(f))
+        f, f_y, f_x = losses.outer_by_transforms(y, x, *tensors)
         g_y = torch.func.grad(losses.inner)
         v, ended = self._solve(g_y, f_y, start, at)
         if isinstance(self.estimator, FiniteDifference):

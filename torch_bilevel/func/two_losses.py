@@ -109,11 +109,17 @@ class TwoLosses:
         """The same under the transforms that are active, each of which sees every operation."""
         y = with_lanes(y, (x, *tensors))
         x, u = with_lanes(x, (y,)), with_lanes(u, (y,))
-        f, pull = torch.func.vjp(lambda y, x: self.outer(y, x, *tensors), y, x)  # type: ignore[misc]
         g_y = torch.func.grad(self.inner)
         H_and_J = torch.func.vjp(lambda y, x: g_y(y, x, *tensors), y, x)[1]
         Hu, Ju = H_and_J(u)
-        return f, *pull(torch.ones_like(f)), Hu + self.damping * u, Ju
+        return *self.outer_by_transforms(y, x, *tensors), Hu + self.damping * u, Ju
+
+    def outer_by_transforms(
+        self, y: Tensor, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f, ∂_y f and ∂_x f, differentiable."""
+        f, pull = torch.func.vjp(lambda y, x: self.outer(y, x, *tensors), y, x)  # type: ignore[misc]
+        return f, *pull(torch.ones_like(f))
 
 
 def _derivative(

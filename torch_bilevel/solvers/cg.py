@@ -194,7 +194,7 @@ class CG(Solver):
         # below vmap, where many systems are one tensor, the host may look
         early = may_stop_early(b, self.rtol)
         known_to_numpy = b.dtype in (torch.float32, torch.float64)
-        if may_look() and on_host(b) and known_to_numpy and not torch.is_grad_enabled():
+        if _may_write() and on_host(b) and known_to_numpy:
             numbers = (tensor.numpy() for tensor in numbers)
         goal, *numbers = numbers
         vectors = (torch.zeros_like(r), r, r.clone())  # which steps may write to
@@ -260,8 +260,7 @@ def _step(operator: Operator, target: Any, state: _State) -> _State:
             negative, moves = negative | bad, good | (bad & cold)
         alpha = _column(xp.where(moves, rr / abs(pAp), 0))
     # x + α p,  r − α A p,  r₊ + β p
-    # the vectors are the iteration's: no new memory for them
-    own = may_look() and not torch.is_grad_enabled()
+    own = _may_write()  # the vectors are the iteration's: no new memory for them
     moved = moved.addcmul_(alpha, p) if own else moved.addcmul(alpha, p)
     r = r.addcmul_(alpha, Ap, value=-1) if own else r.addcmul(alpha, Ap, value=-1)
     next_rr = squared(r)
@@ -286,6 +285,11 @@ def _step(operator: Operator, target: Any, state: _State) -> _State:
         broken,
         cold & False,
     )
+
+
+def _may_write() -> bool:
+    """Whether neither a transform nor autograd is to see every operation."""
+    return may_look() and not torch.is_grad_enabled()
 
 
 def _quiet(host: bool) -> Any:
