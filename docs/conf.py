@@ -29,5 +29,6 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_memory": False,
     "remove_config_comments": True,
+    "parallel": 2,
 }
 suppress_warnings = ["config.cache"]

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import functools
 import inspect
 import re
 import runpy
@@ -213,12 +214,27 @@ SAME |= {
 CLEANING = sorted(set(tb.estimators()) - OTHER_JOBS - SAME)
 
 
+def data_cleaning(arguments, figure=False):
+    """The table of a run of the main example, without the figure unless asked for."""
+    main = example("data_cleaning.py")["main"]
+    if not figure:
+        main.__globals__["draw"] = lambda *_: None
+    return main(arguments)
+
+
+@functools.cache
+def cleaned_by_direct(*arguments):
+    """What other ways to the same solution are compared with, once in a process."""
+    return data_cleaning([*arguments, "--estimator", "direct"])
+
+
 @pytest.mark.parametrize("estimator", CLEANING)
 def test_data_cleaning_on_digits(estimator, tmp_path, capsys):
     """At least 3 points better than without cleaning (identity: no worse)."""
     outer = ["--outer", "sgd"] if estimator == "accbio" else []
-    table = example("data_cleaning.py")["main"](
-        ["--estimator", estimator, "--output", str(tmp_path), *outer]
+    table = data_cleaning(
+        ["--estimator", estimator, "--output", str(tmp_path), *outer],
+        figure=estimator == "cg",
     )
     without, with_, oracle = (
         float(table[f"test accuracy {kind}"].split()[0])
@@ -234,7 +250,8 @@ def test_data_cleaning_on_digits(estimator, tmp_path, capsys):
     assert all(
         (r["given_label"] != r["true_label"]) == (r["corrupted"] == "1") for r in rows
     )
-    assert (tmp_path / "cleaning.png").stat().st_size > 10000
+    if estimator == "cg":
+        assert (tmp_path / "cleaning.png").stat().st_size > 10000
     assert "precision" in capsys.readouterr().out
 
 
@@ -248,12 +265,12 @@ def test_data_cleaning_on_digits(estimator, tmp_path, capsys):
         ["--products", "gauss_newton", "--estimator", "sample_space"],
     ],
 )
-def test_data_cleaning_with_other_products(arguments, tmp_path):
+def test_data_cleaning_with_other_products(arguments, tmp_path, tmp_path_factory):
     """The same table as with plain losses and double backward, up to rounding."""
-    short = ["--outer-steps", "12", "--output", str(tmp_path)]
-    main = example("data_cleaning.py")["main"]
-    plain = main([*short, "--estimator", "direct"])
-    found = main([*short, "--estimator", "cg(max_steps=200, rtol=1e-6)", *arguments])
+    short, base = ["--outer-steps", "12"], tmp_path_factory.getbasetemp()
+    plain = cleaned_by_direct(*short, "--output", str(base))
+    exact = ["--estimator", "cg(max_steps=200, rtol=1e-6)"]
+    found = data_cleaning([*short, *exact, *arguments, "--output", str(tmp_path)])
     name = "test accuracy with cleaning"
     accuracies = [float(t[name].split()[0]) for t in (plain, found)]
     assert abs(accuracies[0] - accuracies[1]) < 0.5

@@ -14,7 +14,7 @@ ANY = [
     "gmres(max_steps=50, rtol=1e-13)",
     "cgnr(max_steps=80, rtol=1e-14)",
     "direct",
-    "richardson(max_steps=3000, rtol=1e-13)",
+    "richardson(max_steps=200, rtol=1e-13)",
 ]
 
 

@@ -8,10 +8,11 @@ the vector. Vectors are at least float32, so bfloat16 parameters get float32 sol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 class Layout:
@@ -31,6 +32,7 @@ class Layout:
         self.numel = sum(self.sizes)
         self.dtype = reduce(torch.promote_types, self.dtypes, torch.float32)
         self.device = self.devices[0] if tensors else torch.device("cpu")
+        self._even = {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and (
@@ -42,6 +44,9 @@ class Layout:
 
     def flatten(self, parts: Sequence[Tensor | None]) -> Tensor:
         """The parts as one vector of shape ``(numel,)``; a missing part is zero."""
+        several = len(parts) > 1  # of one it would be a view
+        if self._even and several and all(map(self._fits, parts)) and _seen_by_no_one():
+            return _flatten_dense_tensors(parts)  # type: ignore[arg-type]
         flat = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if part is None
@@ -59,6 +64,10 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The vector as parts of the recorded shapes, dtypes and devices."""
+        # its derivative fills a vector for every part
+        if self._even and self._fits(vector) and not vector.requires_grad:
+            if _seen_by_no_one():
+                return list(_unflatten_dense_tensors(vector, self._templates))
         # the derivative of a split is a copy, which one part can do without
         whole = len(self.sizes) == 1
         pieces = (vector,) if whole else torch.split(vector, self.sizes)
@@ -69,6 +78,26 @@ class Layout:
             )
         ]
 
+    @cached_property
+    def _templates(self) -> list[Tensor]:
+        """Of the shapes of the parts, without data."""
+        return [torch.empty(shape, device="meta") for shape in self.shapes]
+
+    def _fits(self, part: Tensor | None) -> bool:
+        """Whether it is there, in the dtype and on the device of the vector."""
+        return (
+            part is not None
+            and part.dtype is self.dtype
+            and part.device == self.device
+        )
+
     def zeros(self) -> Tensor:
         """A zero vector of this layout."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+
+def _seen_by_no_one() -> bool:
+    """Whether neither a compiler nor a function transform is to see the operations."""
+    return not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._blocks import outputs, plus_sum
 from .language import DTYPES, Tuned, ceil_div, jit, launcher, padded, programs, tl
 from .links import joint_along
 from .one_pass import (
@@ -54,7 +55,7 @@ def reference(
 ) -> Joint:
     """The same by operations of PyTorch; see `joint_oracle`."""
     x, classes = x.to(at.weight.dtype), len(at.weight)
-    both = torch.cat([at.weight, v.weight]) @ x.mT
+    both = outputs(x, torch.cat([at.weight, v.weight]), None)
     z, u = both[:classes], both[classes:]
     if at.bias is not None and v.bias is not None:
         z, u = z + at.bias.unsqueeze(1), u + v.bias.unsqueeze(1)
@@ -69,7 +70,7 @@ def reference(
     else:
         loss, r, curved = (scale * losses).sum(), scale * r, scale * curved
     left = torch.cat([r, curved])
-    first, second = (left @ x).split(classes)
+    first, second = plus_sum(None, left, x).split(classes)
     sums = [None, None] if at.bias is None else left.sum(1).split(classes)
     return Joint(
         loss, losses, slopes, Direction(first, sums[0]), Direction(second, sums[1])

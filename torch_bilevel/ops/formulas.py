@@ -15,9 +15,9 @@ q = a∘(ℓ_zz u + ℓ_zt ṫ) + s κ ω̇∘r,
     ∂_W: q x + (a∘r) ẋ,   ∂_b: q 1,   ∂_x: qᵀ W + (a∘r)ᵀ Ẇ,                                  (2)
     ∂_t: a∘(ℓ_tz u + ℓ_tt ṫ) + s κ ω̇∘ℓ_t,   ∂_ω: s κ∘m,   ∂_s: κ ω∘m + κ ω̇∘ℓ
 
-A product with H costs two matrix products, and its cross-derivative with ω nothing more. Rows are
-taken in chunks that are still in the cache for the second one. The state of z is kept where it is
-small, and computed again, chunk by chunk, where it is not.
+A product with H costs two matrix products, and its cross-derivative with ω nothing more; see
+`_blocks` for how they are taken. The state of z is kept where it is small, and computed again, chunk
+by chunk, where it is not.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .._blocks import outputs, plus_sum
 from ..kernels.joint import Joint
 from ..kernels.joint import reference as joint_of_chunk
 from ..kernels.one_pass import Direction
 from .fused import hessian_product, joint_oracle
 from .link import KEEP, Link
 
-CHUNK = 2**20  # entries of x in a chunk: it is to be in the cache when it is read again
-DEVICE_CHUNK = 2**28  # of x or z, where launches cost more than reading twice
+CHUNK = 2**20  # entries of z in a chunk, and of x where it is converted
+DEVICE_CHUNK = 2**28  # where launches cost more than reading twice
 SMALL = 2**20  # n·d·c; below, an autograd function costs more than it saves
 
 Parts = tuple["Tensor | None", ...]
@@ -90,12 +91,10 @@ def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
 
 def _chunks(terms: Terms) -> Iterator[tuple[slice, Terms]]:
     """Rows, with what belongs to them; all at once where they are few."""
-    n, d = terms.x.shape
-    if terms.x.device.type == "cpu":
-        rows = max(256, CHUNK // max(d, 1))
-    else:
-        rows = max(256, DEVICE_CHUNK // max(d, len(terms.weight)))
-    dtype = terms.weight.dtype
+    (n, d), dtype = terms.x.shape, terms.weight.dtype
+    cpu, converted = terms.x.is_cpu, terms.x.dtype is not dtype
+    width = max(d if converted or not cpu else 1, len(terms.weight))
+    rows = max(256, (CHUNK if cpu else DEVICE_CHUNK) // width)
     if n < 2 * rows:
         yield slice(None), _whole(terms)
         return
@@ -121,13 +120,6 @@ def _known(terms: Terms) -> Tensor:
     return terms.link.value(outputs(terms.x, terms.weight, terms.bias), terms.target)[1]
 
 
-def outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W xᵀ + b; with few classes W xᵀ runs faster than x Wᵀ, and rows lie side by side."""
-    if bias is None:
-        return weight @ x.mT
-    return torch.addmm(bias.unsqueeze(1), weight, x.mT)
-
-
 def times(a: Tensor, b: Tensor | None) -> Tensor:
     """a∘b, where b may be 1."""
     return a if b is None else a * b
@@ -136,10 +128,6 @@ def times(a: Tensor, b: Tensor | None) -> Tensor:
 def plus(total: Tensor | None, part: Tensor) -> Tensor:
     """A sum that may be empty."""
     return part if total is None else total + part
-
-
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left @ right if total is None else torch.addmm(total, left, right)
 
 
 def _whole_of(parts: Sequence[Tensor], dim: int = -1) -> Tensor:
@@ -192,7 +180,7 @@ def gradient(terms: Terms, seed: Tensor, wanted: Sequence[bool]) -> Parts:
         a = times(times(_at(seed, at), part.share), part.omega)
         ar = a * link.residual(state, part.target)
         if to_weight:
-            W = _plus_product(W, ar, part.x)
+            W = plus_sum(W, ar, part.x)
         if to_bias:
             b = plus(b, ar.sum(1))
         if to_x:
@@ -241,9 +229,9 @@ def second(terms: Terms, seed: Tensor, along: Parts, wanted: Sequence[bool]) -> 
         if dω_ is not None:
             q = q + (sκ * dω_) * r
         if to_weight:
-            W = _plus_product(W, q, part.x)
+            W = plus_sum(W, q, part.x)
             if dx_ is not None:
-                W = W + (a * r) @ dx_
+                W = plus_sum(W, a * r, dx_)
         if to_bias:
             b = plus(b, q.sum(1))
         if to_x:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._blocks import outputs
 from ..errors import InvalidLoss
 from . import formulas
 from .along import loss_along
 from .cut import cutting, fusing, model_output
 from .foresee import direction
-from .formulas import outputs, times, weighted_sum
+from .formulas import times, weighted_sum
 from .fused import resolve
 from .linear_loss import linear_loss
 from .link import Link

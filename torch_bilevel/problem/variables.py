@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,13 +95,28 @@ def gradients(
         for tensor in group
         if tensor is not None and tensor.requires_grad
     ]
-    found = (
-        torch.autograd.grad(output, wanted, weight, allow_unused=True, **options)
-        if wanted
-        else ()
-    )
+    found = _backward(output, weight, wanted, **options) if wanted else ()
     reached = dict(zip(map(id, wanted), found, strict=True))
     return [[reached.get(id(tensor)) for tensor in group] for group in groups]
+
+
+def _backward(
+    output: Any, weight: Any, wanted: Sequence[Tensor], **options: bool
+) -> Sequence[Tensor | None]:
+    """``autograd.grad``, past its checks in Python where every output has a weight.
+
+    They cost as much as a small product, and the engine makes them too.
+    """
+    plain = isinstance(weight, (list, tuple)) and all(w is not None for w in weight)
+    plain = plain and "is_grads_batched" not in options
+    if not plain or torch.overrides.has_torch_function((*output, *wanted)):
+        return torch.autograd.grad(output, wanted, weight, allow_unused=True, **options)
+    create = options.get("create_graph", False)
+    keep = options.get("retain_graph", create)
+    return torch.autograd.graph._engine_run_backward(
+        tuple(output), tuple(weight), keep, create, tuple(wanted), True,
+        accumulate_grad=False,
+    )  # fmt: skip
 
 
 def pulled(
