@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from torch_bilevel import ops
+from torch_bilevel import _blocks, ops
 from torch_bilevel.errors import InvalidLoss, NoThirdDerivative
 from torch_bilevel.ops import formulas
 
@@ -141,6 +141,7 @@ def test_gradcheck_and_gradgradcheck(case, by):
 def test_sizes_and_chunks(case, n, d, c, by, monkeypatch):
     """Also an empty batch, one class, chunks, and outputs that are not kept."""
     monkeypatch.setattr(formulas, "CHUNK", 1)  # 256 rows
+    monkeypatch.setattr(_blocks, "BLOCK", 1)  # 128 rows
     monkeypatch.setattr(formulas, "KEEP", -1 if by == "formulas, no state" else 2**24)
     name, kind, options = CASES[case]
     if case == "ignored":
@@ -149,6 +150,23 @@ def test_sizes_and_chunks(case, n, d, c, by, monkeypatch):
     options = {**options, "reduction": "sum"}
     ours = two_derivatives(getattr(ops, name), args, **options)
     agree(ours, two_derivatives(plain(name), args, **options), 1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 1, 128, 129, 400])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_blocks_of_rows(n, bias, monkeypatch):
+    """A ragged last block, x that is not contiguous, and the same at once."""
+    monkeypatch.setattr(_blocks, "BLOCK", 1)
+    x, W, L = torch.randn(3, n).mT, torch.randn(2, 3), torch.randn(2, n)
+    b = torch.randn(2) if bias else None
+    parts = _blocks.blocks(x)
+    assert sum(map(len, parts)) == n and len(parts) == max(1, -(-n // 128))
+    z = torch.nn.functional.linear(x, W, b).mT
+    torch.testing.assert_close(_blocks.outputs(x, W, b), z)
+    torch.testing.assert_close(_blocks.plus_sum(None, L, x), L @ x)
+    torch.testing.assert_close(_blocks.plus_sum(W, L, x), W + L @ x)
+    found = torch.func.vmap(lambda W: _blocks.outputs(x, W, b))(W[None])
+    torch.testing.assert_close(found[0], z)
 
 
 def test_outputs_are_never_materialised_when_there_are_many(monkeypatch):

@@ -125,6 +125,31 @@ def test_layout():
     assert layout != Layout(tensors[:2], ["a", "b"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_flat_vector_is_no_view_of_its_parts_and_the_same_where_it_is_looked_at(
+    count, dtype
+):
+    parts = [torch.randn(2, k).to(dtype) for k in range(count)]
+    layout = Layout(parts, list("abcde")[:count])
+    flat = layout.flatten(parts)
+    assert flat.dtype == layout.dtype and flat.shape == (layout.numel,)
+    for k, there in enumerate(layout.split(flat)):
+        assert torch.equal(there, parts[k]) and there.dtype == dtype
+    if len(flat):
+        before = [part.clone() for part in parts]
+        flat += 1
+        assert all(map(torch.equal, parts, before))
+    # under a transform, and where it is differentiated, by other operations
+    double = torch.func.vmap(lambda v: layout.flatten([2 * p for p in layout.split(v)]))
+    torch.testing.assert_close(double(flat[None])[0], (2 * flat.to(dtype)).to(flat))
+    leaf = flat.clone().requires_grad_()
+    (found,) = torch.autograd.grad(layout.flatten(layout.split(leaf)).sum(), leaf)
+    assert torch.equal(found, torch.ones_like(flat))
+    other = [part.to(torch.float64) for part in parts]  # parts of another dtype
+    assert layout.flatten(other).dtype == layout.dtype
+
+
 def test_a_linear_inner_loss_has_a_zero_hessian():
     y, x = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     optimizer = tb.BilevelOptimizer(
@@ -143,6 +168,44 @@ def test_second_order_region_is_quiet_about_what_it_does_not_need():
         assert (
             not torch.backends.cudnn.enabled or not torch.backends.cudnn.is_available()
         )
+
+
+def test_a_shared_region_is_left_for_what_is_differentiated_once():
+    from torch_bilevel.second_order import first_order, shared
+
+    fused = torch.backends.cuda.flash_sdp_enabled  # off where twice differentiable
+    with shared():
+        assert not fused()
+        with tb.second_order(), shared():
+            assert not fused()
+        assert not fused()  # the inner ones had nothing to put back
+        with first_order():
+            assert fused()
+            with tb.second_order(), first_order():
+                assert not fused()  # a region of the user's own stays
+            assert fused()
+        assert not fused()
+        with pytest.raises(ZeroDivisionError), first_order():
+            1 / 0  # noqa: B018
+        assert not fused()
+    assert fused()
+    with pytest.raises(ZeroDivisionError), shared():
+        1 / 0  # noqa: B018
+    assert fused()
+
+
+def test_a_shared_region_without_weight_norm_does_not_cover_it():
+    """The fused one has a wrong second derivative, which the definition has not."""
+    from torch_bilevel.second_order import shared
+
+    v, g = (t.requires_grad_() for t in (torch.randn(3, 2), torch.rand(3, 1) + 1))
+
+    def normed(v, g):
+        with tb.second_order(weight_norm=True):
+            return torch._weight_norm(v, g, 0)
+
+    with shared():
+        assert torch.autograd.gradgradcheck(normed, (v, g))
 
 
 @pytest.mark.parametrize("draws", range(4))

@@ -86,9 +86,7 @@ class Layout:
     def _fits(self, part: Tensor | None) -> bool:
         """Whether it is there, in the dtype and on the device of the vector."""
         return (
-            part is not None
-            and part.dtype is self.dtype
-            and part.device == self.device
+            part is not None and part.dtype is self.dtype and part.device == self.device
         )
 
     def zeros(self) -> Tensor:

@@ -16,8 +16,8 @@ q = a∘(ℓ_zz u + ℓ_zt ṫ) + s κ ω̇∘r,
     ∂_t: a∘(ℓ_tz u + ℓ_tt ṫ) + s κ ω̇∘ℓ_t,   ∂_ω: s κ∘m,   ∂_s: κ ω∘m + κ ω̇∘ℓ
 
 A product with H costs two matrix products, and its cross-derivative with ω nothing more; see
-`_blocks` for how they are taken. The state of z is kept where it is small, and computed again, chunk
-by chunk, where it is not.
+`_blocks` for how they are taken. The state of z is kept where it is small, and computed again,
+chunk by chunk, where it is not.
 """
 
 from __future__ import annotations
