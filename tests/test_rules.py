@@ -1,6 +1,7 @@
 """Update rules: value equals torch.optim, derivative equals finite differences."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from cases import ADAM, ADAMW, MUON, RULES, SGD, rule_id
 import torch_bilevel as tb
 from torch_bilevel.inner import RULES as REGISTERED
 from torch_bilevel.inner import find_rule
+from torch_bilevel.inner.adjoint import differentiable as has_adjoint
+from torch_bilevel.inner.adjoint import pull_back
 
 
 def build(case, parameters, **extra):
@@ -363,3 +366,67 @@ def test_adam_at_a_minimum_is_not_taken_for_another_program(every):
     optimizer.step()
     with pytest.raises(tb.ReplayMismatch, match="inner step 20"):
         optimizer.hypergradient()
+
+
+OWN = [case for case in RULES if REGISTERED[case[0]].transpose is not None]
+
+
+def test_sgd_and_adam_have_transposes_of_their_own():
+    assert {case[0] for case in OWN} == {SGD, ADAM, ADAMW}
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("case", OWN, ids=rule_id)
+def test_a_transpose_of_its_own_is_that_of_the_differentiated_rule(case, known):
+    """From the first step on, with entries that never had a gradient.
+
+    Args:
+        known: adjoints of the state came back from later steps.
+    """
+    p = torch.randn(3, 4, requires_grad=True)
+    inner = build(case, [p])
+    rule = REGISTERED[case[0]]
+    for _ in range(3):
+        p.grad = torch.randn(3, 4)
+        p.grad[0, :2] = 0.0
+        state = dict(inner.state.get(p, {}))
+        state = {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()}
+        point, hyper = (
+            (p.detach().clone(), p.grad.clone(), state),
+            inner.param_groups[0],
+        )
+        inner.step()
+        _, after = rule.step(*point, hyper)
+        keys = [k for k, v in after.items() if has_adjoint(k, v)]
+        starts = [torch.randn(12) for _ in range(2 + len(keys))]
+
+        def pulled(rule, point=point, hyper=hyper, starts=starts, keys=keys):
+            y_bar, g_bar, *rest = (t.clone() for t in starts)
+            bars = dict(zip(keys, rest, strict=True)) if known else {}
+            before, off = pull_back(rule, hyper, point, p.detach(), y_bar, g_bar, bars)
+            return y_bar, g_bar, before, torch.stack(off)
+
+        expected = pulled(replace(rule, transpose=None))
+        torch.testing.assert_close(pulled(rule), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_transpose_takes_either_side_where_amsgrad_has_a_tie():
+    """As autograd: half to each of two equal numbers."""
+    rule = REGISTERED[ADAM]
+    hyper = torch.optim.Adam([torch.zeros(1)], amsgrad=True).defaults
+    g = torch.tensor([0.5, -2.0, 0.3])
+    v = torch.tensor([0.1, 0.2, 0.3])
+    new = 0.999 * v + 0.001 * g**2
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.randn(3), "exp_avg_sq": v}
+    state["max_exp_avg_sq"] = torch.stack([new[0], new[1] + 1, new[2] - 0.1])
+    _, after = rule.step(torch.zeros(3), g, state, hyper)
+    state["max_exp_avg_sq"][0] = after["exp_avg_sq"][0]  # to the last bit
+    found = []
+    for one in (rule, replace(rule, transpose=None)):
+        bars = {k: torch.ones(3) for k in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+        y_bar, g_bar = torch.ones(3), torch.empty(3)
+        point = torch.zeros(3), g, state
+        before, _ = pull_back(one, hyper, point, torch.zeros(3), y_bar, g_bar, bars)
+        found.append((y_bar, g_bar, before))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+    assert 0.4 < float(found[0][2]["max_exp_avg_sq"][0]) < 0.6

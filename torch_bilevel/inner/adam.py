@@ -47,6 +47,58 @@ def adam(
     return addcdiv(parameter, m, denominator, value=-step_size), state
 
 
+def adam_transpose(
+    point: tuple[Tensor, Tensor, State],
+    after: State,
+    hyper: Hyper,
+    y_bar: Tensor,
+    g_bar: Tensor,
+    state_bar: State,
+) -> None:
+    """The transposed derivative of `adam`; see `UpdateRule.transpose`.
+
+    With α = lr/(1 − β₁ᵗ), c = √(1 − β₂ᵗ), D = √v/c + ε and m, v after the step:
+
+        t = −α ȳ/D;   m̄ ← m̄ + t;   v̄ ← v̄ − t∘m/(2 c √v D)  (nothing where v = 0)
+        ḡ = (1 − β₁) m̄ + 2 (1 − β₂) g∘v̄;   m̄ ← β₁ m̄;   v̄ ← β₂ v̄
+        ȳ ← ȳ + wd·ḡ  (L2)  or  (1 − lr·wd) ȳ  (decoupled)
+
+    With amsgrad what goes to v goes to the larger of v̄ and v, half to each where they are equal.
+    """
+    y, gradient, before = point
+    lr, decay = hyper["lr"], float(hyper["weight_decay"])
+    beta1, beta2 = map(float, hyper["betas"])
+    step, m = after["step"], after["exp_avg"]
+    decoupled = hyper.get("decoupled_weight_decay")
+    m_bar, v_bar = state_bar["exp_avg"], state_bar["exp_avg_sq"]
+    v = after["max_exp_avg_sq"] if hyper["amsgrad"] else after["exp_avg_sq"]
+    c = (1 - beta2**step) ** 0.5
+    root = v.sqrt()
+    D = (root / c).add_(hyper["eps"])
+    t = torch.div(y_bar, D, out=g_bar).mul_(-number(lr / (1 - beta1**step)))
+    m_bar.add_(t)
+    through = t.mul_(m).div_(D).div_(root).mul_(-0.5 / c).masked_fill_(v == 0, 0.0)
+    if hyper["amsgrad"]:
+        largest = state_bar["max_exp_avg_sq"].add_(through)
+        known = before.get("max_exp_avg_sq", torch.zeros_like(v))
+        new = after["exp_avg_sq"]
+        share = (known > new).to(v.dtype).add_(known == new, alpha=0.5)
+        v_bar.add_(largest).addcmul_(largest, share, value=-1.0)
+        largest.mul_(share)
+    else:
+        v_bar.add_(through)
+    _, g = decayed(y, gradient, {**hyper, "weight_decay": 0.0 if decoupled else decay})
+    torch.mul(m_bar, 1 - beta1, out=g_bar).addcmul_(g, v_bar, value=2 * (1 - beta2))
+    m_bar.mul_(beta1)
+    v_bar.mul_(beta2)
+    if decoupled:
+        y_bar.mul_(number(1 - lr * decay))
+    elif decay:
+        y_bar.add_(g_bar, alpha=decay)
+    if hyper["maximize"]:
+        g_bar.neg_()
+
+
 def adam_stationarity(
     parameter: Tensor, gradient: Tensor | None, state: State, hyper: Hyper
 ) -> Stationarity:
@@ -67,4 +119,4 @@ def adam_stationarity(
     return Stationarity(-1.0 if hyper["maximize"] else 1.0, decay * D, frozen=True)
 
 
-ADAM = UpdateRule(torch.optim.Adam, adam, adam_stationarity)
+ADAM = UpdateRule(torch.optim.Adam, adam, adam_stationarity, transpose=adam_transpose)

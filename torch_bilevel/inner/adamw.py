@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .adam import adam, adam_stationarity
+from .adam import adam, adam_stationarity, adam_transpose
 from .rule import UpdateRule
 
-ADAMW = UpdateRule(torch.optim.AdamW, adam, adam_stationarity)
+ADAMW = UpdateRule(torch.optim.AdamW, adam, adam_stationarity, transpose=adam_transpose)

@@ -65,6 +65,8 @@ def lerp(y: Tensor, x: Tensor, weight: Scalar) -> Tensor:
 
 def root(v: Tensor) -> Tensor:
     """√v with derivative 0 where v = 0 (a coordinate that never had a gradient)."""
+    if not may_be_differentiated(v):
+        return v.sqrt()
     zero = v == 0
     return torch.where(zero, v, torch.where(zero, torch.ones_like(v), v).sqrt())
 

@@ -38,6 +38,9 @@ class Stationarity(NamedTuple):
 
 
 Step = Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State]]
+Transpose = Callable[
+    [tuple[Tensor, Tensor, State], State, Hyper, Tensor, Tensor, State], None
+]
 StationarityOf = Callable[[Tensor, Tensor | None, State, Hyper], Stationarity]
 
 
@@ -51,12 +54,17 @@ class UpdateRule:
         stationarity: ``(parameter, gradient, state, hyper) -> Stationarity``; None where it is
             not known how weight decay enters.
         elementwise: every entry moves by itself, so that a parameter can be taken in pieces.
+        transpose: ``((parameter, gradient, state), next_state, hyper, ȳ, Ḡ, s̄)`` multiplies
+            adjoints by the transposed derivative of a step, in place: ȳ and s̄ are those after
+            it, s̄ for every entry of the next state that has one, and become those before it; Ḡ
+            is overwritten. None differentiates ``step``, which gives the same and is slower.
     """
 
     optimizer: type[torch.optim.Optimizer]
     step: Step
     stationarity: StationarityOf | None = None
     elementwise: bool = True
+    transpose: Transpose | None = None
 
 
 def l2_stationarity(

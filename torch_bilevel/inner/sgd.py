@@ -42,4 +42,37 @@ def sgd(
     return add(parameter, g, alpha=-number(hyper["lr"])), state
 
 
-SGD = UpdateRule(torch.optim.SGD, sgd, l2_stationarity)
+def sgd_transpose(
+    point: tuple[Tensor, Tensor, State],
+    after: State,
+    hyper: Hyper,
+    y_bar: Tensor,
+    g_bar: Tensor,
+    state_bar: State,
+) -> None:
+    """The transposed derivative of `sgd`; see `UpdateRule.transpose`.
+
+    With u what y moves along:  ū = −lr·ȳ;   b̄ ← b̄ + (m·ū with Nesterov, else ū);
+    ḡ = (ū with Nesterov) + (1 − d)·b̄ (b̄ at the first step);   b̄ ← m·b̄;   ȳ ← ȳ + wd·ḡ
+    """
+    lr, momentum, decay = (
+        float(hyper[key]) for key in ("lr", "momentum", "weight_decay")
+    )
+    torch.mul(y_bar, -lr, out=g_bar)
+    if momentum:
+        bar, nesterov = state_bar["momentum_buffer"], hyper["nesterov"]
+        bar.add_(g_bar, alpha=momentum if nesterov else 1.0)
+        first = "momentum_buffer" not in point[2]
+        share = 1.0 if first else 1.0 - float(hyper["dampening"])
+        if nesterov:
+            g_bar.add_(bar, alpha=share)
+        else:
+            torch.mul(bar, share, out=g_bar)
+        bar.mul_(momentum)
+    if decay:
+        y_bar.add_(g_bar, alpha=decay)
+    if hyper["maximize"]:
+        g_bar.neg_()
+
+
+SGD = UpdateRule(torch.optim.SGD, sgd, l2_stationarity, transpose=sgd_transpose)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import BilevelProblem, gradients
-from .adjoint import Adjoint, mismatch, pull_back
+from .adjoint import Adjoint, pull_back, relative, total
 from .hyperparameters import HyperAdjoint, groups_of
 from .loop import Loop
 from .pool import Pool
@@ -284,8 +284,8 @@ class Stepper:
             found = self._through_transform(record, point, raw, gradient_bars)
             pairs = zip(direct, found, strict=True)
             direct = [b if a is None else a if b is None else a + b for a, b in pairs]
-        eps = max(torch.finfo(value.dtype).eps for value in point.values)
-        return mismatch(norms, eps), direct
+        live = [k for k, gradient in enumerate(used) if gradient is not None]
+        return _mismatch(total(norms), point.values, following, live), direct
 
     def _through_transform(
         self,
@@ -319,3 +319,24 @@ class Stepper:
             else:
                 bar.copy_(part.reshape(-1))
         return direct
+
+
+@torch.no_grad()
+def _mismatch(
+    off: Tensor, values: Sequence[Tensor], following: Sequence[Tensor], live: list[int]
+) -> Tensor:
+    """`mismatch` of a step whose rules' values are off the recorded ones by a norm.
+
+    Args:
+        off: the norm.
+        values: the parameters before the step.
+        following: those recorded after it.
+        live: which parameters moved.
+    """
+    if off.is_cpu and not off:  # nothing that would have to be set in relation
+        return off
+    eps = max(torch.finfo(value.dtype).eps for value in values)
+    after = [following[k].to(off.device, off.dtype) for k in live]
+    moved = [a - values[k].to(a) for k, a in zip(live, after, strict=True)]
+    norms = (list(map(torch.linalg.vector_norm, parts)) for parts in (moved, after))
+    return relative(off, *map(total, norms), eps)
