@@ -58,7 +58,7 @@ def test_together_equals_one_by_one_and_finite_differences(kind, options, monkey
     case = Many(kind, options)
     together = case.hypergradient()
     assert tb.check_hypergradient(case.optimizer).relative_error < 1e-6
-    monkeypatch.setattr(runs, "LONG", 0)
+    monkeypatch.setattr(runs, "PIECE", 0)
     torch.testing.assert_close(together, case.hypergradient(), rtol=1e-12, atol=1e-14)
 
 

@@ -158,7 +158,8 @@ def one(method, kind, steps):
 
 
 def use(method):
-    """Import what a method needs."""
+    """Import what a method needs, and what the first optimizer of a process would."""
+    importlib.import_module("torch._dynamo")
     package = {"plain": "torch", "higher": "higher", "torchopt": "torchopt"}
     name = package.get(method, "torch_bilevel")
     globals()[{"torch_bilevel": "tb"}.get(name, name)] = importlib.import_module(name)

@@ -23,7 +23,7 @@ from .._vector import Layout
 from ..errors import ReplayMismatch
 from .rule import Hyper, State, UpdateRule
 
-PIECE = 2**17  # entries
+PIECE = 2**16  # entries
 
 
 class Adjoint:

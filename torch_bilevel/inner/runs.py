@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adjoint import differentiable
+from .adjoint import PIECE, differentiable
 from .rule import Hyper, State, UpdateRule
 
 Update = tuple[UpdateRule, Hyper]
-
-LONG = 2**16  # entries of a run: to lay more end to end costs more than it saves
 
 
 def runs(
@@ -42,7 +40,7 @@ def runs(
         numel = values[index].numel()
         fits = (
             index > start
-            and size + numel <= LONG
+            and size + numel <= PIECE
             and _alike(index - 1, index, updates, values, gradients, states, bars)
         )
         if not fits and index > start:
