@@ -172,7 +172,7 @@ def saba(**options):
 
 def test_saba_with_all_outer_batches_in_every_step_is_linear():
     _, run, error = saba(batches="all")
-    run(1500)
+    run(900)
     assert error() < 1e-9
 
 

