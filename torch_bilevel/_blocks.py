@@ -1,10 +1,11 @@
-"""Matrix products of few rows with many: the many are taken in blocks that fit the cache.
+"""Matrix products of few rows with many; on one thread the many are taken in blocks.
 
     W xᵀ    outputs of all examples       (c, d) · (d, n) → (c, n)
     L x     a sum over all examples       (c, n) · (n, d) → (c, d)
 
-c is small and x is read once for either. Libraries for CPUs are made for square matrices: over
-thousands of rows at once they take up to twice as long as over blocks that stay in a core's cache.
+c is small and x is read once for either. Over thousands of rows at once the libraries of a CPU
+take up to twice as long as over blocks that stay in a core's cache. With several threads they
+divide the rows themselves, and blocks would make each wait for the others.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 2**18  # entries of x for each thread: 1 MiB in float32
+BLOCK = 2**18  # entries of x: 1 MiB in float32
 LEAST = 128  # rows
 
 
 def blocks(x: Tensor) -> Sequence[Tensor]:
     """The rows of x, (n, d), in order, in parts; in one where parts would not help."""
     n, d = x.shape
-    count = -(-n * d // (BLOCK * torch.get_num_threads()))
-    if count < 2 or not x.is_cpu or torch._C._are_functorch_transforms_active():
+    count = -(-n * d // BLOCK)
+    helps = count > 1 and x.is_cpu and torch.get_num_threads() == 1
+    if not helps or torch._C._are_functorch_transforms_active():
         return (x,)
     return x.split(max(LEAST, -(-n // count)))
 
