@@ -165,7 +165,8 @@ def linear_cross_entropy(
     kind = None if soft else SOFTMAX
     kernel = resolve(name, kernel, kind, x, weight)
     if as_written(x, weight, kernel):
-        count = len(x) if soft else (target != ignore_index).sum()
+        weighted = example_weights is not None and reduction == "mean" and not soft
+        count = (target != ignore_index).sum() if weighted else None
         function = partial(
             F.cross_entropy,
             target=target,

@@ -30,6 +30,12 @@ def check_tensors(
     Raises:
         InvalidLoss: with what was seen and what to write.
     """
+    needed = isinstance(x, Tensor) and isinstance(weight, Tensor)
+    optional = (bias is None or isinstance(bias, Tensor)) and (
+        example_weights is None or isinstance(example_weights, Tensor)
+    )
+    if needed and optional and isinstance(target, Tensor):
+        return
     given = {"x": x, "weight": weight, "bias": bias, "target": target}
     for word, value in {**given, "example_weights": example_weights}.items():
         optional = word in ("bias", "example_weights") and value is None
@@ -111,7 +117,7 @@ def too_small(x: Tensor, weight: Tensor, kernel: str) -> bool:
     """
     return (
         kernel == "torch"
-        and x.numel() * len(weight) <= formulas.SMALL
+        and x.numel() * weight.shape[0] <= formulas.SMALL
         and not fusing()
         and not torch.is_autocast_enabled(x.device.type)
     )
@@ -143,14 +149,16 @@ def plain_loss(
         weight: (c, d).
         bias: (c,) or None.
         example_weights: ω, (n,) or None.
-        count: how many the mean is over; None for all losses.
+        count: how many a mean with weights is over; None for all losses.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
     z = _outputs(x, weight, bias)
     if example_weights is None:
         return function(z, reduction=reduction)
     losses = function(z, reduction="none")
-    omega = example_weights.to(z.dtype)
+    omega = _cast(example_weights, z.dtype)
+    if losses.dim() == 1 and count is not None:
+        return torch.dot(losses, omega) / count
     losses = losses * (omega if losses.dim() == 1 else omega.unsqueeze(1))
     if reduction == "mean":
         return losses.mean() if count is None else losses.sum() / count
@@ -180,8 +188,8 @@ def loss_of(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
     dtype = _precision(x, weight)
-    if example_weights is not None and example_weights.dtype is not dtype:
-        example_weights = example_weights.to(dtype)
+    if example_weights is not None:
+        example_weights = _cast(example_weights, dtype)
     share = None if valid is None else valid.to(dtype)
     if reduction == "mean":
         if share is None:
@@ -243,6 +251,8 @@ def elementwise(
 
 def _precision(x: Tensor, weight: Tensor) -> torch.dtype:
     """Of the arithmetic: 16-bit storage is accumulated in float32."""
+    if x.dtype is weight.dtype and x.dtype in (torch.float32, torch.float64):
+        return x.dtype
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return torch.promote_types(dtype, torch.float32)
 
@@ -250,8 +260,13 @@ def _precision(x: Tensor, weight: Tensor) -> torch.dtype:
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """z, (n, c), by operations of PyTorch."""
     dtype = _precision(x, weight)
-    bias = None if bias is None else bias.to(dtype)
-    return F.linear(x.to(dtype), weight.to(dtype), bias)
+    bias = None if bias is None else _cast(bias, dtype)
+    return F.linear(_cast(x, dtype), _cast(weight, dtype), bias)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype; without a call where it is in it."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _inverse(count: int) -> float:
