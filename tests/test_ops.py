@@ -528,3 +528,52 @@ def test_plain_operations_for_small_sizes(case, weighted, reduction):
         names.add(type(node).__name__)
         nodes += [n for n, _ in node.next_functions if n is not None]
     assert any(name.startswith("_Loss") for name in names)
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("asked", ["W b", "w", "b", "x", "x w", "W w", "W b w", "b w"])
+def test_a_product_computes_what_is_asked_for_and_no_more(asked, leaf, monkeypatch):
+    """Any subset, of leaves and of what was computed, equals the whole."""
+    monkeypatch.setattr(formulas, "SMALL", 0)
+    x, W, b, t, w = arguments("indices", n=30)
+    leaves = {"x": x, "W": W, "b": b, "w": w}
+    leaves = {k: v.requires_grad_() for k, v in leaves.items()}
+    at = leaves if leaf else {k: 1.5 * v for k, v in leaves.items()}
+    loss = ops.linear_cross_entropy(
+        at["x"], at["W"], at["b"], t, example_weights=at["w"]
+    )
+    first = torch.autograd.grad(loss, [at["W"], at["b"]], create_graph=True)
+    v = [torch.randn_like(part) for part in first]
+    found = torch.autograd.grad(
+        first, [leaves[k] for k in asked.split()], v, retain_graph=True
+    )
+    whole = torch.autograd.grad(first, list(leaves.values()), v, retain_graph=True)
+    whole = dict(zip(leaves, whole, strict=True))
+    agree(found, [whole[k] for k in asked.split()], 1e-14)
+    z = F.linear(at["x"], at["W"], at["b"])
+    plain = (at["w"] * F.cross_entropy(z, t, reduction="none")).mean()
+    first = torch.autograd.grad(plain, [at["W"], at["b"]], create_graph=True)
+    known = torch.autograd.grad(first, [leaves[k] for k in asked.split()], v)
+    agree(found, known, 1e-12)
+
+
+def test_j_v_multiplies_nothing_with_x_but_v(monkeypatch):
+    monkeypatch.setattr(formulas, "SMALL", 0)
+    products = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function):
+                products.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, W, b, t, w = arguments("indices", n=30)
+    W.requires_grad_(), w.requires_grad_()
+    loss = ops.linear_cross_entropy(x, W, b, t, example_weights=w.sigmoid())
+    first = torch.autograd.grad(loss, W, create_graph=True)
+    v = [torch.randn_like(W)]
+    for wanted, count in ((w, 1), (W, 2), ([W, w], 2)):
+        products.clear()
+        with Products():
+            torch.autograd.grad(first, wanted, v, retain_graph=True)
+        assert len(products) == count, (wanted, products)

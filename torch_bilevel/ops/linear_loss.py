@@ -7,6 +7,7 @@ they compute stands in `formulas`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,38 @@ class _Gradient(Function):
             guarded = _no_third(*saved[:6])
             return *_second(*guarded, *saved[6:], *along, ctx.link, ctx.wanted), *none
         terms, seed = _terms(ctx.link, saved)
-        return *_as(second(terms, seed, along, ctx.wanted), saved[:6]), *none
+        asked = _asked(ctx, saved)
+        return *_as(second(terms, seed, along, asked), saved[:6]), *none
+
+
+def _asked(ctx: Any, inputs: Any) -> tuple[bool, ...]:
+    """Which of the wanted derivatives this backward passes on: H v needs none in ω, J v none in W.
+
+    Args:
+        ctx: of a function that is being differentiated.
+        inputs: x, W, b, t, ω, s and more.
+    """
+    wanted, omega = ctx.wanted, 4
+    if not wanted[omega] or torch._C._are_functorch_transforms_active():
+        return wanted
+    nodes = iter(ctx.next_functions)  # one for each tensor
+    places = [None if part is None else next(nodes)[0] for part in inputs[:6]]
+    if not _is_followed(places[omega]):
+        return *wanted[:omega], False, *wanted[omega + 1 :]
+    if _is_followed(places[1]):
+        return wanted
+    followed = map(_is_followed, places[:omega])
+    return *map(operator.and_, wanted[:omega], followed), *wanted[omega:]
+
+
+def _is_followed(node: Any) -> bool:
+    """Whether the running backward goes on to a node."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient is asked for; raising takes 30 µs
+        return True
 
 
 def _terms(link: Link, saved: Any) -> tuple[Terms, Tensor]:
