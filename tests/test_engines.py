@@ -242,7 +242,11 @@ def test_an_argument_that_cannot_be_looked_into():
 
 def test_compiled_by_inductor():
     optimizer, _, _ = network("traced(compile=True)", torch.float32)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    before = counters["stats"]["unique_graphs"]
     (found,) = optimizer.hypergradient()
+    assert counters["stats"]["unique_graphs"] > before  # it did not run eagerly
     optimizer.products = "double_backward"
     (exact,) = optimizer.hypergradient(write=False)
     assert (found - exact).norm() < 1e-4 * exact.norm()

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import torch_bilevel as tb
+from torch_bilevel import _blocks, ops
 from torch_bilevel.solvers import REGISTRY as SOLVERS
 
 TASKS = 3
@@ -597,3 +598,33 @@ def test_weight_normalisation():
         tb.func.hypergradient(loss, outer, "direct")(y, x)[0] for loss in (fused, exact)
     )
     close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [12, 600])
+def test_compiled_with_fused_losses_of_any_size(rows, monkeypatch):
+    """Dynamo took what an autograd function saves for constants: H v was 0."""
+    monkeypatch.setattr(ops.formulas, "SMALL", 0)
+    monkeypatch.setattr(_blocks, "BLOCK", 1)
+    x, t, v = torch.randn(rows, 3), torch.randint(2, (rows,)), torch.randn(rows, 3)
+    y, outer = torch.randn(2, 3), torch.randn(1)
+
+    def inner_loss(y, outer, batch):
+        penalty = outer.exp().sum() * (y * y).sum() / 2
+        return ops.linear_cross_entropy(*batch[:1], y, None, batch[1]) + penalty
+
+    def outer_loss(y, outer, batch):
+        return ops.linear_cross_entropy(batch[0], y, None, batch[1])
+
+    h = tb.func.hypergradient(inner_loss, outer_loss, "cg(max_steps=4)")
+    expected, _ = h(y, outer, (x, t), (v, t))
+    assert expected.abs() > 1e-4
+    torch._dynamo.reset()
+    compiled = torch.compile(h, fullgraph=True, backend="aot_eager")
+    close(compiled(y, outer, (x, t), (v, t))[0], expected)
+
+    def gradient(y):
+        return ops.linear_cross_entropy(x, y, None, t)
+
+    torch._dynamo.reset()
+    once = torch.compile(grad(gradient), fullgraph=True, backend="aot_eager")
+    close(once(y), grad(gradient)(y))

@@ -532,7 +532,7 @@ def test_plain_operations_for_small_sizes(case, weighted, reduction):
 
 @pytest.mark.parametrize("leaf", [True, False])
 @pytest.mark.parametrize("asked", ["W b", "w", "b", "x", "x w", "W w", "W b w", "b w"])
-def test_a_product_computes_what_is_asked_for_and_no_more(asked, leaf, monkeypatch):
+def test_any_part_of_a_product_alone_is_that_of_the_whole(asked, leaf, monkeypatch):
     """Any subset, of leaves and of what was computed, equals the whole."""
     monkeypatch.setattr(formulas, "SMALL", 0)
     x, W, b, t, w = arguments("indices", n=30)

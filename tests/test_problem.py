@@ -170,44 +170,6 @@ def test_second_order_region_is_quiet_about_what_it_does_not_need():
         )
 
 
-def test_a_shared_region_is_left_for_what_is_differentiated_once():
-    from torch_bilevel.second_order import first_order, shared
-
-    fused = torch.backends.cuda.flash_sdp_enabled  # off where twice differentiable
-    with shared():
-        assert not fused()
-        with tb.second_order(), shared():
-            assert not fused()
-        assert not fused()  # the inner ones had nothing to put back
-        with first_order():
-            assert fused()
-            with tb.second_order(), first_order():
-                assert not fused()  # a region of the user's own stays
-            assert fused()
-        assert not fused()
-        with pytest.raises(ZeroDivisionError), first_order():
-            1 / 0  # noqa: B018
-        assert not fused()
-    assert fused()
-    with pytest.raises(ZeroDivisionError), shared():
-        1 / 0  # noqa: B018
-    assert fused()
-
-
-def test_a_shared_region_without_weight_norm_does_not_cover_it():
-    """The fused one has a wrong second derivative, which the definition has not."""
-    from torch_bilevel.second_order import shared
-
-    v, g = (t.requires_grad_() for t in (torch.randn(3, 2), torch.rand(3, 1) + 1))
-
-    def normed(v, g):
-        with tb.second_order(weight_norm=True):
-            return torch._weight_norm(v, g, 0)
-
-    with shared():
-        assert torch.autograd.gradgradcheck(normed, (v, g))
-
-
 @pytest.mark.parametrize("draws", range(4))
 @pytest.mark.parametrize("where", ["in place", "in full"])
 def test_every_generator_is_captured_and_restored(draws, where, monkeypatch):

@@ -22,10 +22,10 @@ LEAST = 128  # rows
 def blocks(x: Tensor) -> Sequence[Tensor]:
     """The rows of x, (n, d), in order, in parts; in one where parts would not help."""
     n, d = x.shape
-    count = -(-n * d // BLOCK)
-    helps = count > 1 and x.is_cpu and torch.get_num_threads() == 1
-    if not helps or torch._C._are_functorch_transforms_active():
+    seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if seen or n * d <= BLOCK or not x.is_cpu or torch.get_num_threads() > 1:
         return (x,)
+    count = -(-n * d // BLOCK)
     return x.split(max(LEAST, -(-n // count)))
 
 

@@ -32,7 +32,10 @@ class Layout:
         self.numel = sum(self.sizes)
         self.dtype = reduce(torch.promote_types, self.dtypes, torch.float32)
         self.device = self.devices[0] if tensors else torch.device("cpu")
-        self._even = {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
+        even = {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
+        self._even = even and all(
+            self.sizes
+        )  # PyTorch 2.9 forgets shapes without entries
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and (

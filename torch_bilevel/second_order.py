@@ -7,8 +7,7 @@ recurrent kernels are off; values agree with the fast paths up to rounding. A fo
 derivative that is *wrong*: the fused ``torch._weight_norm`` treats the norm it saved as a constant
 (``gradgradcheck`` fails in torch 2.13); it is evaluated from its definition v·g/‖v‖ instead.
 
-The region is entered once per hypergradient (about 35 µs), per forward evaluation outside of one,
-never per product.
+The region is entered once per forward evaluation (about 25 µs), never per product.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -28,16 +26,6 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["second_order"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Shared(threading.local):
-    """The region of `shared` this thread is in: how to leave it, and what it covers."""
-
-    stack: contextlib.ExitStack | None = None
-    covers: frozenset[str] = frozenset()
-
-
-_region = _Shared()
 
 
 def uncompiled(function: F) -> F:
@@ -132,66 +120,12 @@ def second_order(recurrent: bool = False, weight_norm: bool = False) -> Iterator
         >>> torch.autograd.grad(g.sum(), q)[0].shape
         torch.Size([1, 1, 4, 8])
     """
-    needed = _needed(recurrent, weight_norm)
-    if _region.stack is not None and needed <= _region.covers:
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        _enter(stack, needed)
+        if "torch._dynamo" in sys.modules:  # its first import costs seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent and torch.backends.cudnn.is_available():
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if weight_norm:
+            stack.enter_context(_WeightNormByDefinition())
         yield
-
-
-@contextlib.contextmanager
-def shared(recurrent: bool = False, weight_norm: bool = False) -> Iterator[None]:
-    """`second_order` for all evaluations inside, which then need not enter it each.
-
-    Args:
-        recurrent: see `second_order`.
-        weight_norm: see `second_order`.
-    """
-    if _region.stack is not None:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        needed = _needed(recurrent, weight_norm)
-        _enter(stack, needed)
-        _region.stack, _region.covers = stack, needed
-        try:
-            yield
-        finally:
-            _region.stack = None
-
-
-@contextlib.contextmanager
-def first_order() -> Iterator[None]:
-    """Outside of `shared` for a while, with the kernels the user's own evaluations run."""
-    stack = _region.stack
-    if stack is None:
-        yield
-        return
-    stack.close()
-    _region.stack = None
-    try:
-        yield
-    finally:
-        _enter(stack, _region.covers)
-        _region.stack = stack
-
-
-def _needed(recurrent: bool, weight_norm: bool) -> frozenset[str]:
-    found = {
-        "compiled": "torch._dynamo" in sys.modules,  # its first import costs seconds
-        "recurrent": recurrent and torch.backends.cudnn.is_available(),
-        "weight_norm": weight_norm,
-    }
-    return frozenset(name for name, there in found.items() if there)
-
-
-def _enter(stack: contextlib.ExitStack, needed: frozenset[str]) -> None:
-    if "compiled" in needed:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    if "recurrent" in needed:
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-    if "weight_norm" in needed:
-        stack.enter_context(_WeightNormByDefinition())

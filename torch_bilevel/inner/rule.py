@@ -57,7 +57,8 @@ class UpdateRule:
         transpose: ``((parameter, gradient, state), next_state, hyper, ȳ, Ḡ, s̄)`` multiplies
             adjoints by the transposed derivative of a step, in place: ȳ and s̄ are those after
             it, s̄ for every entry of the next state that has one, and become those before it; Ḡ
-            is overwritten. None differentiates ``step``, which gives the same and is slower.
+            is overwritten. Every such entry has the parameter's shape. None differentiates
+            ``step``, which gives the same and is slower.
     """
 
     optimizer: type[torch.optim.Optimizer]

@@ -336,7 +336,9 @@ def _mismatch(
     if off.is_cpu and not off:  # nothing that would have to be set in relation
         return off
     eps = max(torch.finfo(value.dtype).eps for value in values)
-    after = [following[k].to(off.device, off.dtype) for k in live]
-    moved = [a - values[k].to(a) for k, a in zip(live, after, strict=True)]
-    norms = (list(map(torch.linalg.vector_norm, parts)) for parts in (moved, after))
-    return relative(off, *map(total, norms), eps)
+    after, before = (
+        torch.cat([parts[k].reshape(-1).to(off) for k in live])
+        for parts in (following, values)
+    )
+    norm = torch.linalg.vector_norm
+    return relative(off, norm(after - before), norm(after), eps)

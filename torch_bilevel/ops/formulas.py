@@ -172,7 +172,7 @@ def gradient(terms: Terms, seed: Tensor, wanted: Sequence[bool]) -> Parts:
     link, (to_x, to_weight, to_bias, to_target, to_omega) = terms.link, wanted
     W = b = None
     X, T = [], []
-    # with the state kept nothing is read twice, and one product is fastest
+    # with the state kept nothing is read twice
     kept = terms.state is not None
     each = [(slice(None), _whole(terms))] if kept else _chunks(terms)
     for at, part in each:
@@ -334,7 +334,7 @@ def joint(terms: Terms, v: Direction) -> Joint:
         return joint_oracle(
             link, terms.x, at, v, terms.target, terms.share, terms.omega
         )
-    # chunks only where outputs are too many: one product of all rows runs faster
+    # chunks only where outputs are too many
     few = len(terms.x) * len(terms.weight) <= KEEP
     each = [(slice(None), _whole(terms))] if few else _chunks(terms)
     found = [

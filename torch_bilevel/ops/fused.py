@@ -81,6 +81,8 @@ def _dense(*parts: Tensor | None) -> list[Any]:
 
 def _obstacle(kind: int | None, x: Tensor, weight: Tensor) -> str | None:
     """Why no kernel can be used, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces plain operations, which it fuses itself"
     why = unavailable(x)
     if why is not None:
         return why

@@ -113,9 +113,10 @@ def too_small(x: Tensor, weight: Tensor, kernel: str) -> bool:
     """Whether an autograd function in Python would cost more than it saves.
 
     Not where it costs nothing: in programs that are recorded; nor with a kernel, on a device where
-    launches cost more than Python.
+    launches cost more than Python. In compiled code it always would: the compiler fuses plain
+    operations itself, and dynamo takes what such a function saves for constants.
     """
-    return (
+    return torch.compiler.is_compiling() or (
         kernel == "torch"
         and x.numel() * weight.shape[0] <= formulas.SMALL
         and not fusing()

@@ -27,7 +27,6 @@ from ..problem import (
     WeightedCall,
     raise_if_no_second_derivative,
 )
-from ..second_order import shared
 from ..solvers import Solution
 from .report import Report
 
@@ -60,16 +59,12 @@ def run(
     """
     problem = situation.problem
     began, products = time.perf_counter(), problem.num_products
-    modules = problem.modules
     try:
-        with shared(modules.recurrent, modules.weight_norm):
-            outer = (
-                problem.outer_gradients(calls, values)
-                if calls
-                else problem.no_outer_loss()
-            )
-            situation.outer_calls = calls
-            estimate = estimator.estimate(situation, outer)
+        outer = (
+            problem.outer_gradients(calls, values) if calls else problem.no_outer_loss()
+        )
+        situation.outer_calls = calls
+        estimate = estimator.estimate(situation, outer)
     except RuntimeError as error:
         raise_if_no_second_derivative(error)
         raise

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Disconnected, NonSymmetricSystem
-from ..second_order import first_order, second_order
+from ..second_order import second_order
 from .calls import (
     AutocastState,
     Call,
@@ -136,14 +136,13 @@ class BilevelProblem:
             stack.enter_context(
                 self.modules.guarded(call.flags, call.buffers, watch=watch)
             )
-            stack.enter_context(
-                first_order()
-                if once
-                else second_order(  # at first, modules may be met that are not known yet
-                    self.modules.recurrent or watch,
-                    self.modules.weight_norm or watch,
+            if not once:
+                stack.enter_context(
+                    second_order(  # at first, modules may be met that are not known yet
+                        self.modules.recurrent or watch,
+                        self.modules.weight_norm or watch,
+                    )
                 )
-            )
             stack.enter_context(torch.enable_grad())
             wanted = [(tensor, True) for tensor in self.constants]
             wanted += [(t, id(t) not in call.frozen) for t in self.inner.tensors]

@@ -103,12 +103,12 @@ def gradients(
 def _backward(
     output: Any, weight: Any, wanted: Sequence[Tensor], **options: bool
 ) -> Sequence[Tensor | None]:
-    """``autograd.grad``, past its checks in Python where every output has a weight.
+    """``autograd.grad``, past its checks in Python where every output has a weight of its shape.
 
-    They cost as much as a small product, and the engine makes them too.
+    They cost as much as a small product.
     """
     plain = isinstance(weight, (list, tuple)) and all(w is not None for w in weight)
-    plain = plain and "is_grads_batched" not in options
+    plain = plain and options.keys() <= {"create_graph", "retain_graph"}
     if not plain or torch.overrides.has_torch_function((*output, *wanted)):
         return torch.autograd.grad(output, wanted, weight, allow_unused=True, **options)
     create = options.get("create_graph", False)
