@@ -290,7 +290,8 @@ def mismatch(norms: Sequence[Tensor], eps: float) -> Tensor:
         norms: of every piece.
         eps: the rounding of the parameters' dtype.
     """
-    return relative(*total(norms), eps)
+    off, moved, size = total(norms)
+    return relative(off, moved, size, eps)
 
 
 def total(norms: Sequence[Tensor]) -> Tensor:
