@@ -161,7 +161,7 @@ def test_products_in_blocks_of_rows(n, bias, monkeypatch):
     b = torch.randn(2) if bias else None
     parts = _blocks.blocks(x)
     assert sum(map(len, parts)) == n and len(parts) == max(1, -(-n // 128))
-    z = torch.nn.functional.linear(x, W, b).mT
+    z = F.linear(x, W, b).mT
     torch.testing.assert_close(_blocks.outputs(x, W, b), z)
     torch.testing.assert_close(_blocks.plus_sum(None, L, x), L @ x)
     torch.testing.assert_close(_blocks.plus_sum(W, L, x), W + L @ x)
@@ -481,23 +481,28 @@ def test_a_foreseen_direction_over_chunks(case, monkeypatch):
     agree(run(), whole, 1e-12)
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the shape of what every matrix product multiplies from the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in str(function):
+            self.shapes.append(tuple(args[-2].shape))
+        return function(*args, **(kwargs or {}))
+
+
 def test_what_a_foreseen_direction_saves():
-    shapes = []
-
-    class Products(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "mm" in str(function):
-                shapes.append(tuple(args[-2].shape))
-            return function(*args, **(kwargs or {}))
-
     x, W, _, t, w = arguments("indices", n=8)
     W.requires_grad_(), w.requires_grad_()
     v = torch.randn_like(W)
-    with ops.foreseen([W], [v]), Products():
+    with ops.foreseen([W], [v]), Products() as seen:
         value = ops.linear_cross_entropy(x, W, None, t, example_weights=w)
         (first,) = torch.autograd.grad(value, W, create_graph=True)
         torch.autograd.grad(first, [W, w], v)
-    assert shapes == [(6, 4), (6, 8)]  # twice the classes, and nothing else
+    assert seen.shapes == [(6, 4), (6, 8)]  # twice the classes, and nothing else
     with ops.foreseen([W], [v]):
         value = ops.linear_cross_entropy(x, W, None, t)
     (first,) = torch.autograd.grad(value, W, create_graph=True)
@@ -559,21 +564,12 @@ def test_any_part_of_a_product_alone_is_that_of_the_whole(asked, leaf, monkeypat
 
 def test_j_v_multiplies_nothing_with_x_but_v(monkeypatch):
     monkeypatch.setattr(formulas, "SMALL", 0)
-    products = []
-
-    class Products(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "mm" in str(function):
-                products.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     x, W, b, t, w = arguments("indices", n=30)
     W.requires_grad_(), w.requires_grad_()
     loss = ops.linear_cross_entropy(x, W, b, t, example_weights=w.sigmoid())
     first = torch.autograd.grad(loss, W, create_graph=True)
     v = [torch.randn_like(W)]
     for wanted, count in ((w, 1), (W, 2), ([W, w], 2)):
-        products.clear()
-        with Products():
+        with Products() as seen:
             torch.autograd.grad(first, wanted, v, retain_graph=True)
-        assert len(products) == count, (wanted, products)
+        assert len(seen.shapes) == count, (wanted, seen.shapes)

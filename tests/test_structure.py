@@ -19,7 +19,7 @@ from torch_bilevel.solvers import REGISTRY as SOLVERS
 
 ROOT = Path(tb.__file__).parent
 FLOOR = {
-    "_version": -1, "errors": -1, "_vector": 0, "_checks": 0, "_registry": 0,
+    "_version": -1, "errors": -1, "_transforms": -1, "_vector": 0, "_checks": 0, "_registry": 0,
     "_program": 0, "_blocks": 0,
     "kernels": 0.5,
     "second_order": 1, "ops": 1,

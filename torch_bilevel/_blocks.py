@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._transforms import may_look
+
 BLOCK = 2**18  # entries of x: 1 MiB in float32
 LEAST = 128  # rows
 
@@ -22,8 +24,8 @@ LEAST = 128  # rows
 def blocks(x: Tensor) -> Sequence[Tensor]:
     """The rows of x, (n, d), in order, in parts; in one where parts would not help."""
     n, d = x.shape
-    seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if seen or n * d <= BLOCK or not x.is_cpu or torch.get_num_threads() > 1:
+    few = n * d <= BLOCK or not x.is_cpu
+    if few or not may_look() or torch.get_num_threads() > 1:
         return (x,)
     count = -(-n * d // BLOCK)
     return x.split(max(LEAST, -(-n // count)))

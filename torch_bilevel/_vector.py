@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ._transforms import may_look
+
 
 class Layout:
     """How a list of tensors lies in one flat vector.
@@ -33,9 +35,8 @@ class Layout:
         self.dtype = reduce(torch.promote_types, self.dtypes, torch.float32)
         self.device = self.devices[0] if tensors else torch.device("cpu")
         even = {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
-        self._even = even and all(
-            self.sizes
-        )  # PyTorch 2.9 forgets shapes without entries
+        # the C++ of PyTorch 2.9 forgets shapes without entries
+        self._even = even and all(self.sizes)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and (
@@ -48,7 +49,7 @@ class Layout:
     def flatten(self, parts: Sequence[Tensor | None]) -> Tensor:
         """The parts as one vector of shape ``(numel,)``; a missing part is zero."""
         several = len(parts) > 1  # of one it would be a view
-        if self._even and several and all(map(self._fits, parts)) and _seen_by_no_one():
+        if self._even and several and all(map(self._fits, parts)) and may_look():
             return _flatten_dense_tensors(parts)  # type: ignore[arg-type]
         flat = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -67,10 +68,11 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The vector as parts of the recorded shapes, dtypes and devices."""
-        # its derivative fills a vector for every part
-        if self._even and self._fits(vector) and not vector.requires_grad:
-            if _seen_by_no_one():
-                return list(_unflatten_dense_tensors(vector, self._templates))
+        constant = (
+            not vector.requires_grad
+        )  # the derivative fills a vector for each part
+        if self._even and constant and self._fits(vector) and may_look():
+            return list(_unflatten_dense_tensors(vector, self._templates))
         # the derivative of a split is a copy, which one part can do without
         whole = len(self.sizes) == 1
         pieces = (vector,) if whole else torch.split(vector, self.sizes)
@@ -95,10 +97,3 @@ class Layout:
     def zeros(self) -> Tensor:
         """A zero vector of this layout."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-
-
-def _seen_by_no_one() -> bool:
-    """Whether neither a compiler nor a function transform is to see the operations."""
-    return not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )

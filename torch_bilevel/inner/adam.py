@@ -80,8 +80,9 @@ def adam_transpose(
     through = t.mul_(m).div_(D).div_(root).mul_(-0.5 / c).masked_fill_(v == 0, 0.0)
     if hyper["amsgrad"]:
         largest = state_bar["max_exp_avg_sq"].add_(through)
-        known = before.get("max_exp_avg_sq", torch.zeros_like(v))
         new = after["exp_avg_sq"]
+        known = before.get("max_exp_avg_sq")
+        known = torch.zeros_like(new) if known is None else known
         share = (known > new).to(v.dtype).add_(known == new, alpha=0.5)
         v_bar.add_(largest).addcmul_(largest, share, value=-1.0)
         largest.mul_(share)

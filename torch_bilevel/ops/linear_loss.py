@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .._transforms import transformed
 from ..errors import NoThirdDerivative
 from .formulas import (
     Parts,
@@ -121,7 +122,7 @@ def _asked(ctx: Any, inputs: Any) -> tuple[bool, ...]:
         inputs: x, W, b, t, ω, s and more.
     """
     wanted, omega = ctx.wanted, 4
-    if not wanted[omega] or torch._C._are_functorch_transforms_active():
+    if not wanted[omega] or transformed():
         return wanted
     nodes = iter(ctx.next_functions)  # one for each tensor
     places = [None if part is None else next(nodes)[0] for part in inputs[:6]]
@@ -221,8 +222,7 @@ def _applied(cls: type[Function]) -> Callable[..., Any]:
     eager: Any = type(Function)(cls.__name__, (Function,), body)  # type: ignore[call-arg]
 
     def apply(*inputs: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
-        return (cls if transformed else eager).apply(*inputs)
+        return (cls if transformed() else eager).apply(*inputs)
 
     return apply
 

@@ -30,15 +30,9 @@ def check_tensors(
     Raises:
         InvalidLoss: with what was seen and what to write.
     """
-    needed = isinstance(x, Tensor) and isinstance(weight, Tensor)
-    optional = (bias is None or isinstance(bias, Tensor)) and (
-        example_weights is None or isinstance(example_weights, Tensor)
-    )
-    if needed and optional and isinstance(target, Tensor):
-        return
-    given = {"x": x, "weight": weight, "bias": bias, "target": target}
-    for word, value in {**given, "example_weights": example_weights}.items():
-        optional = word in ("bias", "example_weights") and value is None
+    given = ("x", x), ("weight", weight), ("bias", bias), ("target", target)
+    for word, value in (*given, ("example_weights", example_weights)):
+        optional = value is None and word in ("bias", "example_weights")
         if not (optional or isinstance(value, Tensor)):
             raise InvalidLoss(
                 f"{name}: {word} is a {type(value).__name__}, and a tensor is needed. With a "
@@ -139,7 +133,7 @@ def plain_loss(
     weight: Tensor,
     bias: Tensor | None,
     example_weights: Tensor | None,
-    count: int | Tensor | None,
+    count: Tensor | None,
     reduction: str,
 ) -> Tensor:
     """The same by operations of PyTorch.
@@ -150,7 +144,7 @@ def plain_loss(
         weight: (c, d).
         bias: (c,) or None.
         example_weights: ω, (n,) or None.
-        count: how many a mean with weights is over; None for all losses.
+        count: how many losses, one for each example, a mean with weights is over; None for all.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
     z = _outputs(x, weight, bias)
@@ -158,11 +152,11 @@ def plain_loss(
         return function(z, reduction=reduction)
     losses = function(z, reduction="none")
     omega = _cast(example_weights, z.dtype)
-    if losses.dim() == 1 and count is not None:
+    if count is not None:
         return torch.dot(losses, omega) / count
     losses = losses * (omega if losses.dim() == 1 else omega.unsqueeze(1))
     if reduction == "mean":
-        return losses.mean() if count is None else losses.sum() / count
+        return losses.mean()
     return losses.sum() if reduction == "sum" else losses
 
 

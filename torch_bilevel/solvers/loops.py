@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
+from .._transforms import may_look, transformed
+
 S = TypeVar("S", bound=tuple[Any, ...])
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,16 +36,6 @@ def differentiated() -> bool:
     kind = torch._C._functorch.TransformType  # type: ignore[attr-defined]
     stack = torch._C._functorch.get_interpreter_stack() or []  # type: ignore[attr-defined]
     return any(level.key() in (kind.Grad, kind.Jvp) for level in stack)
-
-
-def transformed() -> bool:
-    """Whether a function transform (vmap, grad, jvp, ...) is active."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def may_look() -> bool:
-    """Whether Python may branch on the value of a tensor."""
-    return not (torch.compiler.is_compiling() or transformed())
 
 
 def may_stop_early(b: Tensor, rtol: float) -> bool:
