@@ -29,6 +29,7 @@ import contextlib
 import copy
 import datetime
 import gc
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -229,8 +230,12 @@ class Race:
         self.found = {"rows": {}, "moved": moved, "targets": dict(targets)}
         self.entered, self.expected = {}, None
 
-    def add(self, name, build, single=False, timer=by_events):
-        """Enter what ``build(*copy)`` gives for each copy, or only for the first."""
+    def add(self, name, build, single=False, timer=by_events, per=1):
+        """Enter what ``build(*copy)`` gives for each copy, or only for the first.
+
+        Args:
+            per: how often a call does the work; what it gives first is compared.
+        """
         row = self.found["rows"][name] = {}
         known = self.session.found["broke"].get(f"{self.session.name}: {name}")
         if known or self.session.late:
@@ -240,29 +245,36 @@ class Race:
             functions = [build(*c) for c in self.copies[: 1 if single else None]]
             pieces = [self.pieces(function()) for function in functions][-1]
             self.expected = self.expected or pieces
-            row["off"] = off(pieces, self.expected)
+            row["off"] = off(pieces[: len(self.expected)], self.expected)
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and f"no {error.name}"
             row["note"] = missing or products.reason(error)
             self.session.save(name, row["note"])
             return
         if row["off"] < EXACT:
-            self.entered[name] = timer, functions
+            self.entered[name] = timer, functions, per
         else:
             row["note"] = "wrong, and not timed"
+
+    def add_jax(self, name, peer, *args, per=1, **options):
+        """Enter a competitor of ``jax_peers.py``, timed by the clock of the host."""
+        options |= {"per": per} if per > 1 else {}
+        build = in_jax(peer, *args, **options)
+        self.add(name, build, timer=by_clock, per=per)
 
     def pieces(self, result):
         """What is compared; JAX's arrays too."""
         leaves = [leaf for leaf in tree_leaves(result) if hasattr(leaf, "shape")]
         known = [a if torch.is_tensor(a) else torch.tensor(np.array(a)) for a in leaves]
         flat = [a.detach().to(DEVICE).double().reshape(-1) for a in known]
-        return torch.tensor_split(torch.cat(flat), self.cuts)
+        flat, size = torch.cat(flat), sum(len(part) for part in self.expected or ())
+        return torch.tensor_split(flat[: size or None], self.cuts)
 
     def run(self):
         """Time everything; microseconds a call."""
         series, big = {}, self.found["moved"] > 3 * cache_bytes()
         big = big and len(self.copies) == 1
-        for name, (timer, functions) in self.entered.items():
+        for name, (timer, functions, _) in self.entered.items():
             if big or len(functions) > 1:
                 series[name, "cold"] = timer, itertools.cycle(functions)
             if not big:
@@ -278,7 +290,8 @@ class Race:
             for key in shuffle.sample(list(series), len(series)):
                 times[key].append(series[key][0](series[key][1], counts[key]))
         for (name, kind), values in times.items():
-            self.found["rows"][name][kind] = 1e6 * statistics.median(values)
+            each = statistics.median(values) / self.entered[name][-1]
+            self.found["rows"][name][kind] = 1e6 * each
         return self.found
 
 
@@ -527,31 +540,17 @@ def kept_pullback(case, v):
     return lambda: pull(vs)[0]
 
 
-class Jax:
-    """``jit(linearize(grad))``; copies of its numbers share a program."""
+def in_jax(name, *args, **options):
+    """A competitor of ``jax_peers.py``; JAX is imported when the first of them is built."""
+    made = []
 
-    known = None
+    def build(*given):
+        if not made:
+            peer = getattr(importlib.import_module("jax_peers"), name)
+            made.append(peer(*args, **options) if isinstance(peer, type) else peer)
+        return made[0](*given)
 
-    def __call__(self, case, v):
-        import jax
-        import jax.numpy as jnp
-
-        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
-        given = *case.batch, *case.params, case.weights, *case.split(v)
-        x, y, W, b, weights, *vs = (jnp.array(t.detach().cpu().numpy()) for t in given)
-
-        def loss(parameters):
-            W, b = parameters
-            log_p = jax.nn.log_softmax(x @ W.T + b)
-            losses = -jnp.take_along_axis(log_p, y[:, None], 1)[:, 0]
-            return (jax.nn.sigmoid(weights) * losses).mean()
-
-        if self.known is None:
-            product = jax.linearize(jax.grad(loss), (W, b))[1]
-            self.known = product, jax.jit(lambda product, vs: product(vs))
-        product, apply = self.known
-        product = jax.tree_util.tree_map(lambda t: jnp.array(t, copy=True), product)
-        return lambda: apply(product, tuple(vs))
+    return build
 
 
 class Traced:
@@ -586,7 +585,8 @@ def softmax(session, n):
     race.add("jvp(grad)", base.functional)
     race.add("kept vjp of the gradient (TorchOpt)", kept_pullback)
     race.add("curvlinops", base.curvlinops)
-    race.add("JAX jit(linearize(grad)), by the clock", Jax(), timer=by_clock)
+    race.add_jax("JAX jit(linearize(grad))", "Product")
+    race.add_jax("JAX, 20 in a program", "Product", per=20)
     race.add("formulas by hand", base.formulas)
     for kernel in ("torch", "rows", "one_pass", None):
         name = f"ours, {kernel or 'F.cross_entropy'}"
@@ -605,6 +605,8 @@ def transformer(session, n):
     race.add(FIRST, base.raw)
     race.add("double backward, nothing kept", uncached)
     race.add("jvp(grad)", base.functional)
+    race.add_jax("JAX jit(linearize(grad))", "Product")
+    race.add_jax("JAX, 20 in a program", "Product", per=20)
     for engine in ("traced", "traced(compile=True)"):
         race.add(f"ours, {engine}, called", partial(called, engine, None))
         race.add(f"ours, {engine}, graph", Traced(engine))
@@ -652,6 +654,7 @@ def oracle(session, n):
     race = Race(session, copies, moved, targets, (1, 1 + P, 1 + 2 * P))
     race.add("one graph", base.oracle_shared)
     race.add("three calls", base.oracle_separate)
+    race.add_jax("JAX jit(jvp(value_and_grad))", "Oracle")
     for kernel in ("torch", "rows", "one_pass"):
         race.add(f"ours, {kernel}", partial(foreseen, kernel))
     for kernel in ("rows", "one_pass"):
@@ -737,11 +740,14 @@ def solver(session, n, steps):
     race.add("CG by hand, kept graph", partial(flat, steps))
     race.add("TorchOpt's CG", partial(listed, torchopt))
     race.add("hypertorch's CG", partial(listed, partial(base.list_cg, steps=steps)))
+    race.add_jax("JAX, unrolled, one program", "Solver", steps, case.decay)
+    race.add_jax("JAX's own CG, one program", "Solver", steps, case.decay, shipped=True)
     race.add("ours, double_backward", partial(ours, "double_backward", False, steps))
     race.add("ours, traced, a graph a product", partial(ours, "traced", False, steps))
     race.add(whole, partial(ours, "traced", True, steps))
-    for name, (_, (solve,)) in race.entered.items():
-        race.found["rows"][name]["note"] = f"the host waits: {waits(solve)}"
+    for name, (timer, (solve,), _) in race.entered.items():
+        if timer is by_events:  # PyTorch knows nothing of JAX
+            race.found["rows"][name]["note"] = f"the host waits: {waits(solve)}"
     return race.run()
 
 
@@ -780,6 +786,7 @@ def few_shot(session, tasks):
     moved = nbytes + 8 * heads.v.numel()
     race = Race(session, copies, moved, {"head_cg": 150, "head_cg, graph": 150})
     race.add("loop over kept graphs", partial(loop_over, *how), single=True)
+    race.add_jax("JAX, unrolled, one program", "FewShot", *how)
     for name, solve in (("batched", head_cg.reference), ("head_cg", head_cg.head_cg)):
         race.add(name, build := partial(batched, solve, *how))
         race.add(f"{name}, graph", lambda heads, build=build: replayed(build(heads)))
@@ -789,18 +796,16 @@ def few_shot(session, tasks):
 # --- vectors --------------------------------------------------------------------------
 
 
-def repeated(step, module, n):
+def repeated(step, module, a, b, c):
     """A step that can be repeated: it reads the half of the state that it does not write.
 
     Some vectors are so small beside others that a step moves nothing by more than rounding.
     """
-    g = torch.Generator(DEVICE).manual_seed(0)
-    a, b, c = (torch.randn(n, generator=g, device=DEVICE) for _ in range(3))
     zero, one = a.new_zeros(()), a.new_ones(())
     small, warm, q = 1e-10 * one, zero > 0, b
     if module is cg_step:
         state = module.started(small * a, zero, warm)
-        state.rows[2, :n] = b
+        state.rows[2, : len(b)] = b
     elif module is richardson_step:
         state = module.started(c, a, small, zero, warm)
     else:
@@ -825,10 +830,14 @@ def vectors(session, name, nbytes, n):
     kernel, reference, module = kernels.STEPS[name]
     target = 1e6 * nbytes * n / (0.8 * session.bandwidth)
     targets = {"kernel": target, "kernel, graph": target}
-    race = Race(session, [(n,)], nbytes * n, targets)
+    given = [torch.randn(n, device=DEVICE) for _ in range(3)]
+    race = Race(session, [given], nbytes * n, targets)
     race.add("operations of PyTorch", partial(repeated, reference, module))
+    if module is cg_step:
+        step = lambda a, b, _: in_jax("cg_step")(0 * a, 1e-10 * a, b, b)  # noqa: E731
+        race.add("JAX, one program", step, timer=by_clock)
     race.add("kernel", partial(repeated, kernel, module))
-    race.add("kernel, graph", lambda n: replayed(repeated(kernel, module, n)))
+    race.add("kernel, graph", lambda *abc: replayed(repeated(kernel, module, *abc)))
     return race.run()
 
 
@@ -907,8 +916,8 @@ def shrink(args):
     """Tiny models, and solvers that treat the CPU as a device."""
     if not args.data:
         base.MODELS["softmax"] = (lambda: nn.Linear(24, CLASSES)), (24,)
-    sizes = (9, 5), (5, CLASSES)
-    base.MODELS["mlp"] = (lambda: nn.Sequential(*(nn.Linear(*s) for s in sizes))), (9,)
+    layers = nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, CLASSES)
+    base.MODELS["mlp"] = (lambda: nn.Sequential(*copy.deepcopy(layers))), (9,)
     cg.on_host, cg.by_kernels = (lambda b: False), (lambda b: True)
 
 
