@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ from torch_bilevel.kernels import (
     richardson_step,
     rows,
     sums,
+    two_pass,
 )
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -40,6 +42,7 @@ CLASSES = 16
 KINDS = {
     "target": "*i64", "flags": "*i32", "flags_out": "*i32", "n": "i32:16", "d": "i32:16",
     "size": "i32:16", "classes": "i32", "count": "i32", "num_steps": "i32",
+    "narrow_count": "i32", "narrow_size": "i32", "lines": "i32", "each": "i32:16",
 }  # fmt: skip
 ANY = {"n": "i32"}  # not divisible by 16
 LINK = {"SMOOTHING": 0.0, "SEED_ROWS": 0, "SHARE_ROWS": 0, "LINK": 0, "C": CLASSES}
@@ -71,6 +74,27 @@ def tuned(name: str, kernel: Any, constants: dict[str, Any]) -> list[Case]:
     return made
 
 
+def two_pass_cases(classes: int, n: int) -> list[Case]:
+    """The tiles for so many rows."""
+    C, made = two_pass.padded(classes, 16), []
+    kernels = two_pass._along_kernel, two_pass._joint_along_kernel
+    for count, kernel in enumerate(kernels, 1):
+        width = two_pass.padded(count * classes, 16)
+        tiles = {
+            kernel: two_pass.forward_tile(n, count * C, torch.float32),
+            two_pass._back_kernel: two_pass.back_tile(n, width, torch.float32),
+        }
+        for kernel, tile in tiles.items():
+            given = tile._asdict()
+            options = {k: v for k, v in given.items() if k.startswith("num_")}
+            chosen = {k.upper(): v for k, v in given.items() if k not in options}
+            wide = width if kernel is two_pass._back_kernel else C
+            constants = {**LINK, **PRECISE, **chosen, "C": wide, "SHORT": 0}
+            name = f"two_pass {kernel.__name__} {'/'.join(map(str, tile))} of {wide}"
+            made.append(Case(name, kernel, constants, options=options))
+    return made
+
+
 def table() -> list[Case]:
     """Every kernel in every configuration; numbers are rows/columns/warps/stages of a tile."""
     found = tuned("one_pass chunked", one_pass.CHUNKED, {**LINK, **PRECISE})
@@ -79,6 +103,8 @@ def table() -> list[Case]:
         if columns <= one_pass.PRECISE:
             found += tuned("one_pass resident tf32x3", kernel, {**LINK, **PRECISE})
     found += tuned("joint", joint.JOINT, {**LINK, **PRECISE})
+    for classes, n in ((10, 1000), (10, 5000), (10, 60000), (32, 1000)):
+        found += two_pass_cases(classes, n)
     between = {**LINK, "BLOCK": rows.BLOCK // CLASSES}
     found.append(Case("rows", rows._rows_kernel, between))
     found.append(Case("joint rows", rows._joint_rows_kernel, between))
@@ -90,7 +116,16 @@ def table() -> list[Case]:
     found.append(Case("rows, many classes", rows._rows_kernel, many))
     found.append(Case("joint rows, many classes", rows._joint_rows_kernel, many))
     found.append(
-        Case("sums", sums._sums_kernel, {"ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS})
+        Case(
+            "sums",
+            sums._sums_kernel,
+            {
+                "ROWS": sums.ROWS,
+                "COLUMNS": sums.COLUMNS,
+                "NARROW_ROWS": 128,
+                "NARROW": 32,
+            },
+        )
     )
     block = {"BLOCK": reduce.BLOCK, "PARTS": reduce.PARTS}
     for kernel in (cg_step._inner_products_kernel, cg_step._move_kernel):

@@ -26,6 +26,7 @@ from torch_bilevel.kernels import (
     richardson_step,
     rows,
     sums,
+    two_pass,
 )
 from torch_bilevel.kernels.one_pass import Direction
 from torch_bilevel.ops import fused
@@ -162,12 +163,16 @@ def of_one_pass(p):
     return one_pass.reference(p.link, p.x, p.v, *p[5:])
 
 
-def by_joint(p, **options):
-    *numbers, both, biases = joint.joint_oracle(
+def by_two_pass(p, **options):
+    return two_pass.hessian_product(p.link, p.x, p.v, *p[5:], **options)
+
+
+def by_joint(p, module=joint, **options):
+    losses, slopes, both, sums = module.joint_oracle(
         p.link, p.x, p.at, p.v, p.target, p.share, p.omega, **options
     )
-    biases = [None, None] if p.at.bias is None else biases
-    return numbers, both[0], biases[0], both[1], biases[1]
+    biases = [None, None] if p.at.bias is None else sums[:-1].view(2, -1)
+    return sums[-1], losses, slopes, both[0], biases[0], both[1], biases[1]
 
 
 def of_joint(p):
@@ -179,7 +184,10 @@ KERNELS = {
     "joint_rows": (by_joint_rows, of_joint_rows),
     "one_pass": (by_one_pass, of_one_pass),
     "joint": (by_joint, of_joint),
+    "two_pass": (by_two_pass, of_one_pass),
+    "joint_two_pass": (partial(by_joint, module=two_pass), of_joint),
 }
+VISITS = ["one_pass", "joint", "two_pass", "joint_two_pass"]  # kernels that read x
 N, D, C = (1, 3, 17, 1000), (1, 7, 64, 784, 1000), (1, 2, 10, 17)
 SIZES = list(itertools.product(N, D, C))
 
@@ -234,7 +242,7 @@ def turns(sizes, expensive):
 @pytest.mark.parametrize(
     "dtype, turn, n, d, c", turns(SIZES, lambda size: size[0] * size[1] > 2000)
 )
-@pytest.mark.parametrize("kernel", ["one_pass", "joint"])
+@pytest.mark.parametrize("kernel", VISITS)
 def test_products_at_every_size(kernel, dtype, turn, n, d, c, monkeypatch):
     """Links take turns."""
     tiles(monkeypatch, 128 if n > 100 else 16, min(256, language.padded(d, 16)))
@@ -252,15 +260,26 @@ def test_one_class_leaves_nothing_to_learn(kernel):
 
 @pytest.mark.parametrize("size", [None, (16, 32), (128, 16)])
 @pytest.mark.parametrize("link", DIFFERENT)
-@pytest.mark.parametrize("kernel", ["one_pass", "joint"])
+@pytest.mark.parametrize("kernel", VISITS)
 def test_tiles_as_launched_and_others(kernel, link, size, monkeypatch):
     if size:
         tiles(monkeypatch, *size)
     agree(kernel, problem(100, 140, 10, torch.float32, link), 1e-6)
 
 
+@pytest.mark.parametrize("classes", [3, 20])
+@pytest.mark.parametrize("many", [2**11, 2**14])
+@pytest.mark.parametrize("kernel", ["two_pass", "joint_two_pass"])
+def test_tiles_of_many_rows(kernel, many, classes, monkeypatch):
+    """As launched for so many rows; parts of several tiles, the last one ragged."""
+    forward, back = two_pass.forward_tile, two_pass.back_tile
+    monkeypatch.setattr(two_pass, "forward_tile", lambda n, *a: forward(many, *a))
+    monkeypatch.setattr(two_pass, "back_tile", lambda n, *a: back(many, *a))
+    agree(kernel, problem(700, 150, classes, torch.float32, "softmax"), 1e-6)
+
+
 @pytest.mark.parametrize("d", [20, 100, 200, 500, 1000])
-@pytest.mark.parametrize("kernel", ["one_pass", "joint"])
+@pytest.mark.parametrize("kernel", VISITS)
 def test_tf32_where_it_is_allowed(kernel, d):
     """A tile of x stays on the chip up to 1024 features; the interpreter does not round."""
     tolerance = 1e-6 if DEVICE == "cpu" else 2e-3
@@ -287,7 +306,7 @@ def test_options(kernel, seed, share, weighted, bias):
     agree(kernel, given, 1e-12)
 
 
-@pytest.mark.parametrize("kernel", ["rows", "one_pass"])
+@pytest.mark.parametrize("kernel", ["rows", "two_pass", "one_pass"])
 def test_slopes_that_are_not_wanted(kernel):
     given, (found, _) = problem(17, 7, 3), KERNELS[kernel]
     *product, slopes = found(given, wants_slope=False)
@@ -296,7 +315,7 @@ def test_slopes_that_are_not_wanted(kernel):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [40, 140])
-@pytest.mark.parametrize("kernel", ["one_pass", "joint"])
+@pytest.mark.parametrize("kernel", VISITS)
 def test_16_bit_features_and_float32_weights(kernel, d, stored):
     for link in LINKS:
         given = problem(40, d, 10, torch.float32, link)
@@ -304,7 +323,7 @@ def test_16_bit_features_and_float32_weights(kernel, d, stored):
 
 
 @pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("kernel", ["joint_rows", "joint"])
+@pytest.mark.parametrize("kernel", ["joint_rows", "joint", "joint_two_pass"])
 def test_extreme_outputs(kernel, link):
     agree(kernel, problem(60, 7, 3, link=link, size=1e4), 1e-12)
 
@@ -322,9 +341,12 @@ def test_the_same_call_gives_the_same_bits(kernel, dtype):
 @DTYPES
 def test_sums(dtype, shape):
     parts = draw(*shape, dtype=dtype)
-    found, size = sums.summed(parts), float(parts.double().norm())
-    close(found, sums.reference(exactly(parts)), TOLERANCE[dtype], size)
-    assert same(found, sums.summed(parts))
+    narrow, size = draw(999, 21, dtype=dtype), float(parts.double().norm())
+    for given in ((parts,), (parts, narrow)):
+        found = sums.summed(*given)
+        exact = [sums.reference(exactly(array)) for array in given]
+        close(found, exact, TOLERANCE[dtype], size)
+        assert same(found, sums.summed(*given))
 
 
 # steps on vectors
@@ -633,7 +655,7 @@ def two_derivatives(name, kernel, foreseen):
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
-@pytest.mark.parametrize("kernel", ["rows", "one_pass"])
+@pytest.mark.parametrize("kernel", ["rows", "two_pass", "one_pass"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_operations_by_kernels(name, kernel, foreseen):
     found, called = two_derivatives(name, kernel, foreseen)
@@ -643,11 +665,11 @@ def test_operations_by_kernels(name, kernel, foreseen):
     assert called == {f"torch_bilevel.linear_{called_for}.default"} and not none
 
 
-@pytest.mark.parametrize("once", [True, False])
-def test_kernels_are_operations(once):
+@pytest.mark.parametrize("kernel", ["rows", "two_pass", "one_pass"])
+def test_kernels_are_operations(kernel):
     """Schemas, and shapes without memory."""
     given = problem(17, 7, 3)
-    link = given.link.kind, given.link.smoothing, once
+    link = given.link.kind, given.link.smoothing, kernel
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for slopes in (True, False):
         args = given.x, *given.v, *given[5:], *link, slopes, False
@@ -663,7 +685,9 @@ def test_auto_never_takes_a_kernel_on_the_cpu():
 
 
 REFUSED = {
-    "write 'auto', 'torch', 'rows', 'one_pass'": lambda loss, *a: loss(*a, kernel="x"),
+    "write 'auto', 'torch', 'rows', 'two_pass', 'one_pass'": lambda loss, *a: loss(
+        *a, kernel="x"
+    ),
     "a function transform": lambda loss, x, W, b, t: torch.func.vmap(
         lambda x: loss(x, W, b, t, kernel="rows")
     )(x[None]),
@@ -674,6 +698,9 @@ REFUSED = {
         x.T.contiguous().T, *a, kernel="rows"
     ),
     "is empty": lambda loss, x, W, b, t: loss(x[:0], W, b, t[:0], kernel="rows"),
+    "33 classes, and a program holds 32": lambda loss, x, W, b, t: loss(
+        x, W.repeat(11, 1), None, t, kernel="two_pass"
+    ),
     "66 classes, and a program holds 64": lambda loss, x, W, b, t: loss(
         x, W.repeat(22, 1), None, t, kernel="one_pass"
     ),
@@ -701,7 +728,7 @@ def test_where_no_kernel_can_run(name, value, why, monkeypatch):
         ops.linear_logistic(*arguments, kernel="rows")
 
 
-@pytest.mark.parametrize("kernel", ["rows", "one_pass"])
+@pytest.mark.parametrize("kernel", ["rows", "two_pass", "one_pass"])
 @pytest.mark.parametrize("foreseen", [False, True])
 def test_arguments_with_strides(kernel, foreseen):
     """Columns of a matrix as weights of examples and bias, and the seed of a sum of losses."""

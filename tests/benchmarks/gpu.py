@@ -73,6 +73,8 @@ DEVICE = torch.device("cpu" if DRY else "cuda")
 FIRST = "kept graph (cached double backward)"
 EXACT = 1e-3  # how far results may differ, relative to the norm of the first
 KINDS = ("cold", "warm")
+KERNELS = ("rows", "two_pass", "one_pass")
+VISITS = KERNELS[1:]  # that read x themselves
 CLASSES = 10
 LOSSES = [name for name in ops.__all__ if not name.startswith("solve")]
 
@@ -412,7 +414,7 @@ def hypergradients(engine, kind, fuse, estimator):
 def checks():
     """What is compared, how large its error may be, and in how many runs; urgent ones first."""
     n, d = size((1008, 192), (40, 144))
-    once, all_of = ("one_pass", "joint"), tuple(kernels.KERNELS)
+    once, all_of = kernels.VISITS, tuple(kernels.KERNELS)
     estimators = (
         "cg(max_steps=5, rtol=0., warm_start=False)", "cg(max_steps=20, rtol=1e-4)",
         "neumann(num_steps=6, step_size=0.05)",
@@ -441,7 +443,7 @@ def checks():
             for link in ("smoothed", "logistic", "squared"):
                 for name in all_of:
                     yield partial(of_loss, name, n, d, link), bar
-    for how in itertools.product(LOSSES, ("rows", "one_pass"), (False, True)):
+    for how in itertools.product(LOSSES, KERNELS, (False, True)):
         yield partial(of_operation, *how), 1e-12, 3
 
 
@@ -467,6 +469,8 @@ def tuning():
         (joint.JOINT, partial(of_loss, "joint", *big)),
         (one_pass.CHUNKED, partial(of_loss, "one_pass", *big, stored=torch.float16)),
         (resident, partial(of_loss, "one_pass", *big, tf32=True)),
+        (None, partial(of_loss, "two_pass", *big)),
+        (None, partial(of_loss, "joint_two_pass", *big)),
         (None, partial(of_loss, "rows", *big)),
         (None, partial(of_loss, "joint_rows", *big)),
         *((None, partial(of_steps, name, torch.float32)) for name in kernels.STEPS),
@@ -573,9 +577,9 @@ class Traced:
 def softmax(session, n):
     """H v of weighted softmax regression."""
     copies, d = cases(session, "softmax", n), base.MODELS["softmax"][1][0]
-    targets = {1024: {"rows": 12}, 60000: {"rows": 105, "one_pass": 65}}
+    targets = {1024: {"two_pass": 12}, 60000: {"two_pass": 105, "one_pass": 65}}
     if n == 60000:
-        targets[n]["one_pass, x in float16"] = 36
+        targets[n]["two_pass, x in float16"] = 36
     targets = {f"ours, {k}, traced, graph": us for k, us in targets.get(n, {}).items()}
     moved = 4 * n * d + 4 * n * CLASSES + 8 * d * CLASSES
     race = Race(session, copies, moved, targets)
@@ -587,13 +591,14 @@ def softmax(session, n):
     race.add_jax("JAX jit(linearize(grad))", "Product")
     race.add_jax("JAX, 20 in a program", "Product", per=20)
     race.add("formulas by hand", base.formulas)
-    for kernel in ("torch", "rows", "one_pass", None):
+    for kernel in ("torch", *KERNELS, None):
         name = f"ours, {kernel or 'F.cross_entropy'}"
         race.add(f"{name}, double_backward", partial(called, "double_backward", kernel))
         race.add(f"{name}, traced, called", partial(called, "traced", kernel), True)
         race.add(f"{name}, traced, graph", Traced(kernel=kernel))
-    half = Traced(kernel="one_pass", stored=torch.float16)
-    race.add("ours, one_pass, x in float16, traced, graph", half)
+    for kernel in VISITS:
+        half = Traced(kernel=kernel, stored=torch.float16)
+        race.add(f"ours, {kernel}, x in float16, traced, graph", half)
     return race.run()
 
 
@@ -647,16 +652,16 @@ def bare_oracle(kernel, case, v):
 def oracle(session, n):
     """Loss, gradient, H v and J v of softmax regression."""
     copies, d = cases(session, "softmax", n), base.MODELS["softmax"][1][0]
-    targets = {1024: {"rows": 20}, 60000: {"rows": 110, "one_pass": 75}}
+    targets = {1024: {"two_pass": 20}, 60000: {"two_pass": 110, "one_pass": 75}}
     targets = {f"ours, {k}, graph": us for k, us in targets.get(n, {}).items()}
     P, moved = copies[0][0].size, 4 * n * d + 8 * n + 16 * d * CLASSES
     race = Race(session, copies, moved, targets, (1, 1 + P, 1 + 2 * P))
     race.add("one graph", base.oracle_shared)
     race.add("three calls", base.oracle_separate)
     race.add_jax("JAX jit(jvp(value_and_grad))", "Oracle")
-    for kernel in ("torch", "rows", "one_pass"):
+    for kernel in ("torch", *KERNELS):
         race.add(f"ours, {kernel}", partial(foreseen, kernel))
-    for kernel in ("rows", "one_pass"):
+    for kernel in KERNELS:
         race.add(f"ours, {kernel}, graph", partial(bare_oracle, kernel))
     return race.run()
 

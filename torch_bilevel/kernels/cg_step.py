@@ -65,8 +65,11 @@ def started(r: Tensor, target: Tensor, cold: Tensor) -> State:
     rows = r.new_zeros(4, width)
     rows[1:3, :n] = r
     numbers, flags = r.new_zeros(2, 8), r.new_zeros(2, 8, dtype=torch.int32)
-    numbers[0, TARGET], numbers[0, UNIT] = target, 1
-    numbers[0, TINY] = 10 * torch.finfo(r.dtype).eps
+    numbers[0, TARGET] = target
+    numbers[0, UNIT].fill_(
+        1
+    )  # a number that is assigned makes the host wait for the device
+    numbers[0, TINY].fill_(10 * torch.finfo(r.dtype).eps)
     flags[0, ACTIVE] = flags[0, GOING] = torch.dot(r, r) > target
     flags[0, COLD] = cold
     return State(n, rows, None, numbers, flags, r.new_zeros(5, PARTS))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._blocks import outputs, plus_sum
+from .dots import dot
 from .language import DTYPES, Tuned, ceil_div, jit, launcher, padded, programs, tl
 from .links import joint_along
 from .one_pass import (
@@ -79,8 +80,8 @@ def reference(
 
 @jit
 def _joint_kernel(
-    x, weight, bias, weight_v, bias_v, target, share, omega, loss, losses, slopes,
-    total, total_b, n, d, classes, SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr,
+    x, weight, bias, weight_v, bias_v, target, share, omega, losses, slopes,
+    total, sums, n, d, classes, SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr,
     LINK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -100,9 +101,9 @@ def _joint_kernel(
             columns = first + tl.arange(0, COLUMNS)
             here = load_tile(x, rows, columns, n, d, DTYPE)
             w = load_turned(weight, index, columns, classes, d, DTYPE)
-            z = tl.dot(here, w, z, input_precision=PRECISION, out_dtype=DTYPE)
+            z = dot(here, w, z, DTYPE, PRECISION)
             v = load_turned(weight_v, index, columns, classes, d, DTYPE)
-            u = tl.dot(here, v, u, input_precision=PRECISION, out_dtype=DTYPE)
+            u = dot(here, v, u, DTYPE, PRECISION)
         z = with_bias(z, bias, index, classes)
         u = with_bias(u, bias_v, index, classes)
         found, r, q = joint_along(
@@ -125,9 +126,10 @@ def _joint_kernel(
             )  # fmt: skip
         tl.debug_barrier()  # other threads read what these have stored
     inside = index < classes
-    tl.store(total_b + 2 * program * classes + index, sum_b, mask=inside)
-    tl.store(total_b + (2 * program + 1) * classes + index, sum_v, mask=inside)
-    tl.store(loss + program, tl.sum(sum_loss, 0))
+    sums += program * (2 * classes + 1)
+    tl.store(sums + index, sum_b, mask=inside)
+    tl.store(sums + classes + index, sum_v, mask=inside)
+    tl.store(sums + 2 * classes, tl.sum(sum_loss, 0))
 
 
 JOINT = Tuned(
@@ -151,8 +153,8 @@ def joint_oracle(
     share: Tensor | None = None,
     omega: Tensor | None = None,
     tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient, H v and J v: one kernel, and three that add up what its programs found.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient, H v and J v: one kernel, and one that adds up what its programs found.
 
     Tuned over tiles for each (d, c, dtypes, precision, size of n).
 
@@ -167,21 +169,19 @@ def joint_oracle(
         tf32: products may be rounded to TF32.
 
     Returns:
-        S, 0-d; ℓ and ⟨r, u⟩, (n,); ∇S and H v of the weight, (2, c, d), and of the bias, (2, c).
+        ℓ and ⟨r, u⟩, (n,); ∇S and H v of the weight, (2, c, d); both of the bias and S, (2c + 1,).
     """
     (n, d), (weight, bias) = x.shape, at
     classes, new = len(weight), weight.new_empty
     count = programs(x, ceil_div(n, LEAST_ROWS))
-    losses, slopes, loss = new(n), new(n), new(count)
-    total, total_b = (
-        new(count, 2, classes, d),
-        new(count, 2, classes),
-    )
+    losses, slopes = new(n), new(n)
+    total, sums = new(count, 2, classes, d), new(count, 2 * classes + 1)
     JOINT[(count,)](
         x, weight, bias, v.weight, v.bias, target, share, omega,
-        loss, losses, slopes, total, total_b, n, d, classes, SMOOTHING=link.smoothing,
+        losses, slopes, total, sums, n, d, classes, SMOOTHING=link.smoothing,
         SHARE_ROWS=per_row(share), LINK=link.kind, DTYPE=DTYPES[weight.dtype],
         PRECISION=precision(weight.dtype, tf32), C=padded(classes, 16),
         SIZE=size_class(n),
     )  # fmt: skip
-    return summed(loss), losses, slopes, summed(total), summed(total_b)
+    total, sums = summed(total, sums)
+    return losses, slopes, total, sums

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dots import dot
 from .language import (
     DTYPES,
     Tuned,
@@ -36,8 +37,6 @@ LEAST_ROWS = 64  # in tiles where n is large
 RESIDENT = 1024  # most features for it in TF32
 ROOM = 200_000  # bytes of shared memory it takes
 PRECISE = 128  # and in float32 accuracy: more would leave the registers
-MOST_CLASSES = 16
-WORTH = 40e6  # bytes of x: what the second-level cache holds makes two reads as cheap as one
 
 
 class Direction(NamedTuple):
@@ -62,15 +61,6 @@ def reference(
     u = u if v.bias is None else u + v.bias.unsqueeze(1)
     q, m = between(link, state, target, u, seed, share, omega)
     return q @ x.to(q.dtype), q.sum(1), m
-
-
-def worthwhile(x: Tensor, classes: int) -> bool:
-    """Whether one read of x beats two matrix products, with few classes.
-
-    x outgrows the cache; or it is stored in 16 bits, and would be converted for matrix products.
-    """
-    size = x.element_size()
-    return classes <= MOST_CLASSES and (size < 4 or x.numel() * size > WORTH)
 
 
 def size_class(n: int) -> int:
@@ -122,12 +112,11 @@ def add_product(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add left @ here to numbers in memory; a program's first tile sets them."""
-    part = tl.dot(left, here, input_precision=PRECISION, out_dtype=DTYPE)
     inside = (index[:, None] < classes) & (columns[None, :] < d)
     at = total + index[:, None].to(tl.int64) * d + columns[None, :]
     later = (columns[None, :] * 0 + tile) >= tl.num_programs(0)
-    part += tl.load(at, mask=inside & later, other=0)
-    tl.store(at, part, mask=inside)
+    before = tl.load(at, mask=inside & later, other=0)
+    tl.store(at, dot(left, here, before, DTYPE, PRECISION), mask=inside)
 
 
 @jit
@@ -150,7 +139,7 @@ def _chunked_kernel(
             columns = first + tl.arange(0, COLUMNS)
             here = load_tile(x, rows, columns, n, d, DTYPE)
             w = load_turned(weight, index, columns, classes, d, DTYPE)
-            u = tl.dot(here, w, u, input_precision=PRECISION, out_dtype=DTYPE)
+            u = dot(here, w, u, DTYPE, PRECISION)
         u = with_bias(u, bias, index, classes)
         q = rows_along(
             state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
@@ -184,16 +173,14 @@ def _resident_kernel(
     for tile in range(program, tl.cdiv(n, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         here = load_tile(x, rows, columns, n, d, DTYPE)
-        u = tl.dot(here, w, input_precision=PRECISION, out_dtype=DTYPE)
+        u = dot(here, w, tl.zeros((ROWS, C), DTYPE), DTYPE, PRECISION)
         u = with_bias(u, bias, index, classes)
         q = rows_along(
             state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
             SEED_ROWS, SHARE_ROWS, LINK, 1,
         )  # fmt: skip
         sum_b += tl.sum(q, 0)
-        found = tl.dot(
-            tl.trans(q), here, found, input_precision=PRECISION, out_dtype=DTYPE
-        )
+        found = dot(tl.trans(q), here, found, DTYPE, PRECISION)
     inside = (index[:, None] < classes) & (columns[None, :] < d)
     at = total + (program.to(tl.int64) * classes + index[:, None]) * d
     tl.store(at + columns[None, :], found, mask=inside)
@@ -286,7 +273,7 @@ def hessian_product(
         PRECISION=precision(state.dtype, tf32), C=padded(classes, 16),
         SIZE=size_class(n),
     )  # fmt: skip
-    return summed(total), summed(total_b), m
+    return *summed(total, total_b), m
 
 
 def precision(dtype: torch.dtype, tf32: bool) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .language import ceil_div, jit, launcher, tl
+from .language import ceil_div, jit, launcher, padded, tl
 
 COLUMNS, ROWS = 128, 16
+TILE = 4096  # entries of a narrow array at once
 
 
 @jit
-def _sums_kernel(parts, total, count, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+def add_up(parts, total, block, count, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some columns of the sum over the first dimension."""
+    columns = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     found = tl.zeros((ROWS, COLUMNS), total.dtype.element_ty)
     for first in range(0, count, ROWS):
         rows = first + tl.arange(0, ROWS)
@@ -21,22 +23,46 @@ def _sums_kernel(parts, total, count, size, ROWS: tl.constexpr, COLUMNS: tl.cons
     tl.store(total + columns, tl.sum(found, 0), mask=columns < size)
 
 
+@jit
+def _sums_kernel(
+    parts, total, count, size, narrow, narrow_total, narrow_count, narrow_size,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NARROW_ROWS: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    block, blocks = tl.program_id(0), tl.cdiv(size, COLUMNS)
+    if block < blocks:
+        add_up(parts, total, block, count, size, ROWS, COLUMNS)
+    elif NARROW:
+        block -= blocks
+        add_up(
+            narrow, narrow_total, block, narrow_count, narrow_size, NARROW_ROWS, NARROW
+        )
+
+
 def reference(parts: Tensor) -> Tensor:
     """Σ_g parts_g."""
     return parts.sum(0)
 
 
 @launcher
-def summed(parts: Tensor) -> Tensor:
-    """Σ_g parts_g in one launch; no autotuning.
+def summed(parts: Tensor, narrow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Σ_g parts_g, of one array or two, in one launch; no autotuning.
 
     Args:
         parts: (G, ...), contiguous.
+        narrow: the same, of few columns and perhaps many rows.
     """
     total = parts.new_empty(parts.shape[1:])
-    size = total.numel()
-    if size:
-        _sums_kernel[(ceil_div(size, COLUMNS),)](
-            parts, total, len(parts), size, ROWS, COLUMNS
-        )
-    return total
+    size, other, width = total.numel(), None, 0
+    count, rows = ceil_div(size, COLUMNS), ROWS
+    if narrow is not None:
+        other = narrow.new_empty(narrow.shape[1:])
+        width = padded(other.numel(), 16)
+        rows, count = max(ROWS, TILE // width), count + 1
+    if count:
+        _sums_kernel[(count,)](
+            parts, total, len(parts), size, narrow, other,
+            0 if narrow is None else len(narrow), 0 if other is None else other.numel(),
+            ROWS, COLUMNS, rows, width,
+        )  # fmt: skip
+    return total, other

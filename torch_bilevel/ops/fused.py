@@ -2,9 +2,10 @@
 
     "torch"      two matrix products, and operations of PyTorch between them
     "rows"       two matrix products, and one kernel between them
+    "two_pass"   two kernels that each read x once
     "one_pass"   one kernel that reads x once
-    "auto"       on CUDA "one_pass" where x outgrows the cache and classes are few, else "rows";
-                 elsewhere "torch"
+    "auto"       on CUDA, in float32, "two_pass" where classes are few; else "rows" on CUDA,
+                 and "torch" elsewhere
 
 A kernel that was asked for and cannot run is an error; what "auto" chose can be read in
 ``optimizer.explain()``. Kernels compute the product with H in W and b, with its derivative J in ω,
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelUnavailable
-from ..kernels import joint, one_pass, rows
+from ..kernels import joint, one_pass, rows, two_pass
 from ..kernels.language import tf32, unavailable
-from ..kernels.one_pass import Direction, worthwhile
+from ..kernels.one_pass import Direction
 from .link import KEEP, Link
 
-KERNELS = ("auto", "torch", "rows", "one_pass")
-CLASSES = 64  # most in a program that reads x once
+KERNELS = ("auto", "torch", "rows", "two_pass", "one_pass")
+CLASSES = {"rows": rows.MOST_CLASSES, "two_pass": two_pass.MOST_CLASSES, "one_pass": 64}
+VISITS: dict[str, Any] = {"two_pass": two_pass, "one_pass": one_pass}
 choices: dict[str, str] = {}  # operation -> what "auto" took last on CUDA, and why
 
 
@@ -51,7 +53,7 @@ def resolve(name: str, kernel: str, kind: int | None, x: Tensor, weight: Tensor)
         )
     why = _obstacle(kind, x, weight)
     if kernel == "auto":
-        found = "one_pass" if worthwhile(x, len(weight)) else "rows"
+        found = "two_pass" if two_pass.worthwhile(x, weight) else "rows"
         why = why or _too_many(found, weight)
         found = found if why is None else "torch"
         size = (
@@ -68,7 +70,7 @@ def resolve(name: str, kernel: str, kind: int | None, x: Tensor, weight: Tensor)
 
 
 def _too_many(kernel: str, weight: Tensor) -> str | None:
-    most = CLASSES if kernel == "one_pass" else rows.MOST_CLASSES
+    most = CLASSES[kernel]
     if len(weight) <= most:
         return None
     return f"there are {len(weight)} classes, and a program holds {most}"
@@ -119,7 +121,7 @@ def hessian_product(
     """
     return _hessian_product(
         x, weight, bias, state, target, seed, share, omega, _kind(link),
-        link.smoothing, link.kernel == "one_pass", slopes, tf32(),
+        link.smoothing, link.kernel, slopes, tf32(),
     )  # fmt: skip
 
 
@@ -135,12 +137,12 @@ def joint_oracle(
     """The joint oracle by the kernel of the link."""
     found = _joint_oracle(
         x, at.weight, at.bias, v.weight, v.bias, target, share, omega, _kind(link),
-        link.smoothing,
-        link.kernel == "one_pass", tf32(),
+        link.smoothing, link.kernel, tf32(),
     )  # fmt: skip
-    loss, losses, slopes, both, both_b = found
-    (gW, hW), (gb, hb) = both, (None, None) if at.bias is None else both_b
-    return joint.Joint(loss, losses, slopes, Direction(gW, gb), Direction(hW, hb))
+    losses, slopes, both, sums = found
+    (gW, hW), biases = both, sums[:-1].view(2, -1)
+    gb, hb = (None, None) if at.bias is None else biases
+    return joint.Joint(sums[-1], losses, slopes, Direction(gW, gb), Direction(hW, hb))
 
 
 class _Known(NamedTuple):
@@ -159,15 +161,15 @@ def _kind(link: Link) -> int:
 def _hessian_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, target: Tensor,
     seed: Tensor, share: Tensor | None, omega: Tensor | None, kind: int,
-    smoothing: float, once: bool, slopes: bool, tf32: bool,
+    smoothing: float, kernel: str, slopes: bool, tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     link = _Known(kind, smoothing)
     x, weight, bias, state, target, seed, share, omega = _dense(
         x, weight, bias, state, target, seed, share, omega
     )
-    if once:
+    if kernel in VISITS:
         v = Direction(weight, bias)
-        W, b, m = one_pass.hessian_product(
+        W, b, m = VISITS[kernel].hessian_product(
             link, x, v, state, target, seed, share, omega, slopes, tf32
         )
     else:
@@ -192,7 +194,7 @@ def _(
     omega,
     kind,
     smoothing,
-    once,
+    kernel,
     slopes,
     tf32,
 ):
@@ -204,28 +206,40 @@ def _(
 def _joint_oracle(
     x: Tensor, weight: Tensor, bias: Tensor | None, weight_v: Tensor,
     bias_v: Tensor | None, target: Tensor, share: Tensor | None, omega: Tensor | None,
-    kind: int, smoothing: float, once: bool, tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kind: int, smoothing: float, kernel: str, tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     link, classes = _Known(kind, smoothing), len(weight)
     x, weight, bias, weight_v, bias_v, target, share, omega = _dense(
         x, weight, bias, weight_v, bias_v, target, share, omega
     )
-    if once:
+    if kernel in VISITS:
+        visit = joint if kernel == "one_pass" else two_pass
         at, v = Direction(weight, bias), Direction(weight_v, bias_v)
-        return joint.joint_oracle(link, x, at, v, target, share, omega, tf32)
+        return visit.joint_oracle(link, x, at, v, target, share, omega, tf32)
     x = x.to(weight.dtype)
     both = torch.cat([weight, weight_v]) @ x.mT
     loss, losses, slopes, left = rows.joint_rows(
         link, both, (bias, bias_v), target, share, omega
     )
-    W = (left @ x).view(2, classes, -1)
-    return loss, losses, slopes, W, left.sum(1).view(2, classes)
+    sums = torch.cat([left.sum(1), loss.view(1)])
+    return losses, slopes, (left @ x).view(2, classes, -1), sums
 
 
 @_joint_oracle.register_fake
 def _(
-    x, weight, bias, weight_v, bias_v, target, share, omega, kind, smoothing, once, tf32
+    x,
+    weight,
+    bias,
+    weight_v,
+    bias_v,
+    target,
+    share,
+    omega,
+    kind,
+    smoothing,
+    kernel,
+    tf32,
 ):
     new, classes = weight.new_empty, len(weight)
     n = len(x)
-    return new(()), new(n), new(n), new(2, *weight.shape), new(2, classes)
+    return new(n), new(n), new(2, *weight.shape), new(2 * classes + 1)
