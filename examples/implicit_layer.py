@@ -193,7 +193,7 @@ def at_rest(start, log_stiffness, loads):
 
     size, force = start.numel(), torch.func.grad(energy)
     found = minimize(
-        flat(energy),
+        lambda y: float(flat(energy)(y)),  # SciPy 1.18 wants a number
         start.flatten().numpy(),
         jac=lambda y: flat(force)(y).flatten().numpy(),
         hess=lambda y: flat(torch.func.jacrev(force))(y).reshape(size, size).numpy(),

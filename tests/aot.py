@@ -89,7 +89,7 @@ def two_pass_cases(classes: int, n: int) -> list[Case]:
             options = {k: v for k, v in given.items() if k.startswith("num_")}
             chosen = {k.upper(): v for k, v in given.items() if k not in options}
             wide = width if kernel is two_pass._back_kernel else C
-            constants = {**LINK, **PRECISE, **chosen, "C": wide, "SHORT": 0}
+            constants = {**LINK, **PRECISE, **chosen, "C": wide}
             name = f"two_pass {kernel.__name__} {'/'.join(map(str, tile))} of {wide}"
             made.append(Case(name, kernel, constants, options=options))
     return made

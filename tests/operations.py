@@ -176,6 +176,27 @@ def missing(operation: str, way_round: str | None = None) -> str:
     return rf"(?s){operation}.*\n.*{way_round or operation}"
 
 
+@cache
+def grid_sample_twice() -> bool:
+    """Whether this PyTorch has its second derivative: 2.11 does not, 2.13 does."""
+    y = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    out = F.grid_sample(y, torch.zeros(1, 1, 1, 2), align_corners=False).square().sum()
+    (g,) = torch.autograd.grad(out, y, create_graph=True)
+    try:
+        torch.autograd.grad(g.sum(), y)
+    except RuntimeError:
+        return False
+    return True
+
+
+def grid_sample(*arguments: Any, **keywords: Any):
+    """A row of F.grid_sample."""
+    unsupported = (
+        None if grid_sample_twice() else missing("grid_sampler", "F.grid_sample")
+    )
+    return on(F.grid_sample, *arguments, **keywords, unsupported=unsupported)
+
+
 def fixed(*shape: int) -> Tensor:
     """A constant: an input or a target."""
     return n(*shape)(torch.Generator().manual_seed(11))
@@ -440,11 +461,11 @@ OPERATIONS: dict[str, Callable[[], Case]] = {
     "interpolate, antialiased": linear(
         F.interpolate, IMAGE, 3, mode="bilinear", antialias=True
     ),
-    "grid_sample": on(F.grid_sample, IMAGE, u(1, 3, 3, 2), align_corners=False),
-    "grid_sample bicubic": on(
-        F.grid_sample, IMAGE, u(1, 3, 3, 2), "bicubic", align_corners=False
+    "grid_sample": grid_sample(IMAGE, u(1, 3, 3, 2), align_corners=False),
+    "grid_sample bicubic": grid_sample(
+        IMAGE, u(1, 3, 3, 2), "bicubic", align_corners=False
     ),
-    "grid_sample 3d": on(F.grid_sample, VOLUME, u(1, 2, 2, 2, 3), align_corners=True),
+    "grid_sample 3d": grid_sample(VOLUME, u(1, 2, 2, 2, 3), align_corners=True),
     "affine_grid": linear(F.affine_grid, n(2, 2, 3), [2, 1, 3, 3], align_corners=False),
     "pixel_shuffle": linear(F.pixel_shuffle, n(1, 4, 2, 3), 2),
     "channel_shuffle": linear(F.channel_shuffle, n(1, 4, 2, 3), 2),

@@ -45,6 +45,12 @@ REFUSED = {
         "scatter_reduce prod": (tb.NoSecondDerivative, "another H v"),
     },
 }  # fmt: skip
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+    REFUSED["traced"]["quantile"] = tb.CaptureFailed, r"operations\.py:\d+.*aten\.equal"
+    REFUSED["forward_over_reverse"]["checkpoint"] = (
+        tb.NoSecondDerivative,
+        "(?s)jvp.*double_backward",
+    )
 # recording takes a third of a second: every third operation, and all that are refused
 TRACED = [n for i, n in enumerate(SUPPORTED) if i % 3 == 0 or n in REFUSED["traced"]]
 TRACED.remove("Normal.rsample")  # whether distributions validate depends on other tests

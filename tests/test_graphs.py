@@ -306,8 +306,9 @@ def test_on_a_gpu_replayed_solves_are_those_of_double_backward(estimator):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
-def test_on_a_gpu_a_solve_of_a_fixed_number_of_steps_waits_for_nothing():
-    A = torch.linspace(1, 3, 30, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu_a_solve_of_a_fixed_number_of_steps_waits_for_nothing(dtype):
+    A = torch.linspace(1, 3, 30, device="cuda", dtype=dtype)
     program = Program("A", lambda v, d: d * v, [A])
     b = torch.ones_like(A)
     for mode in ("default", "error"):

@@ -310,7 +310,8 @@ def test_options(kernel, seed, share, weighted, bias):
 def test_slopes_that_are_not_wanted(kernel):
     given, (found, _) = problem(17, 7, 3), KERNELS[kernel]
     *product, slopes = found(given, wants_slope=False)
-    assert slopes is None and same(product, found(given)[:-1])
+    assert slopes is None
+    close(product, found(given)[:-1], 1e-15)  # tuned anew on a GPU: another order
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
@@ -342,11 +343,11 @@ def test_the_same_call_gives_the_same_bits(kernel, dtype):
 def test_sums(dtype, shape):
     parts = draw(*shape, dtype=dtype)
     narrow, size = draw(999, 21, dtype=dtype), float(parts.double().norm())
-    for given in ((parts,), (parts, narrow)):
-        found = sums.summed(*given)
-        exact = [sums.reference(exactly(array)) for array in given]
-        close(found, exact, TOLERANCE[dtype], size)
-        assert same(found, sums.summed(*given))
+    exact = [sums.reference(exactly(array)) for array in (parts, narrow)]
+    close(sums.summed(parts), exact[0], TOLERANCE[dtype], size)
+    found = sums.both_summed(parts, narrow)
+    close(found, exact, TOLERANCE[dtype], size)
+    assert same(found, sums.both_summed(parts, narrow))
 
 
 # steps on vectors

@@ -63,7 +63,7 @@ def hypergradient(
 ):
     torch.manual_seed(1)
     model = model().to(dtype)
-    X, t = torch.randn(12, 4, 8, dtype=dtype), torch.randint(0, 3, (12,))
+    X, t = torch.randn(12, 4, 8).to(dtype), torch.randint(0, 3, (12,))
     lam = torch.zeros(12, dtype=dtype).requires_grad_()
     called = wrap(model)
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

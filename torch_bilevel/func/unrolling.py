@@ -212,7 +212,9 @@ def _train(
     return pytree.tree_unflatten(found, structure)
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # PyTorch 2.11's compiler hashes it before it has fields
 class Steps:
     """The loop itself.
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dots import dot
 from .language import DTYPES, jit, launcher, padded, tl
 from .links import curvature, over_rows, places
 from .one_pass import Direction, load_tile, load_turned, precision
@@ -157,8 +156,8 @@ def _samples_kernel(
         columns = first + tl.arange(0, COLUMNS)
         here = load_tile(x, samples, columns, n, d, DTYPE)
         right = load_turned(b, index, columns, classes, d, DTYPE)
-        K = dot(here, tl.trans(here), K, DTYPE, PRECISION)
-        B = dot(here, right, B, DTYPE, PRECISION)
+        K = tl.dot(here, tl.trans(here), K, input_precision=PRECISION, out_dtype=DTYPE)
+        B = tl.dot(here, right, B, input_precision=PRECISION, out_dtype=DTYPE)
         squares += right * right
     bb = _total(squares)
     if bias is not None:
@@ -180,7 +179,7 @@ def _samples_kernel(
         negative = negative | bad
         of_x, in_x = of_x + alpha * of_p, in_x + alpha * in_p
         of_r, in_r = of_r - alpha * pull * of_p, in_r - alpha * (pull * in_p + curved)
-        out_r = dot(K, in_r, of_r * B, DTYPE, PRECISION)
+        out_r = of_r * B + tl.dot(K, in_r, input_precision=PRECISION, out_dtype=DTYPE)
         new = of_r * of_r * bb + of_r * _total(B * in_r) + _total(in_r * out_r)
         new = tl.maximum(new, 0)
         beta = new / tl.where(rr > 0, rr, 1)
@@ -189,10 +188,10 @@ def _samples_kernel(
         out_p = tl.where(going, out_r + beta * out_p, out_p)
         rr, steps = tl.where(going, new, rr), steps + going.to(DTYPE)
     # b − A x
-    out_x = dot(K, in_x, of_x * B, DTYPE, PRECISION)
+    out_x = of_x * B + tl.dot(K, in_x, input_precision=PRECISION, out_dtype=DTYPE)
     of_r = 1 - pull * of_x
     in_r = -pull * in_x - over_rows(a, 1) * curvature(p_of, out_x, LINK, 1)
-    out_r = dot(K, in_r, of_r * B, DTYPE, PRECISION)
+    out_r = of_r * B + tl.dot(K, in_r, input_precision=PRECISION, out_dtype=DTYPE)
     rr = of_r * of_r * bb + of_r * _total(B * in_r) + _total(in_r * out_r)
     turned = tl.trans(in_x)
     for first in range(0, d, COLUMNS):
@@ -201,7 +200,7 @@ def _samples_kernel(
         inside = (index[:, None] < classes) & (columns[None, :] < d)
         at = index[:, None] * d + columns[None, :]
         found = of_x * tl.load(b + at, mask=inside, other=0)
-        found = dot(turned, here, found, DTYPE, PRECISION)
+        found = tl.dot(turned, here, found, input_precision=PRECISION, out_dtype=DTYPE)
         tl.store(value + at, found, mask=inside)
     if bias is not None:
         found_b = of_x * right_b + tl.sum(in_x, 0)
@@ -239,11 +238,11 @@ def _direct_kernel(
     for k in range(num_steps + 1):
         last = (steps * 0 + k) == num_steps  # the product with v, for the residual
         w, w_b = tl.where(last, v, p), tl.where(last, v_b, p_b)
-        start = tl.zeros((N, C), DTYPE) + w_b[None, :]
-        u = dot(here, tl.trans(w), start, DTYPE, PRECISION)
+        u = tl.dot(here, tl.trans(w), input_precision=PRECISION, out_dtype=DTYPE)
+        u += w_b[None, :]
         curved = over_rows(a, 1) * curvature(p_of, u, LINK, 1)
         turned = tl.trans(curved)
-        q = dot(turned, here, pull * w, DTYPE, PRECISION)
+        q = tl.dot(turned, here, input_precision=PRECISION, out_dtype=DTYPE) + pull * w
         if bias is not None:
             q_b = tl.sum(curved, 0) + pull * w_b
         pp = _total(w * w) + tl.sum(w_b * w_b, 0)

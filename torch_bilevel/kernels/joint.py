@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .._blocks import outputs, plus_sum
-from .dots import dot
 from .language import DTYPES, Tuned, ceil_div, jit, launcher, padded, programs, tl
 from .links import joint_along
 from .one_pass import (
@@ -32,7 +31,7 @@ from .one_pass import (
     with_bias,
 )
 from .rows import per_row
-from .sums import summed
+from .sums import both_summed
 
 
 class Joint(NamedTuple):
@@ -101,9 +100,9 @@ def _joint_kernel(
             columns = first + tl.arange(0, COLUMNS)
             here = load_tile(x, rows, columns, n, d, DTYPE)
             w = load_turned(weight, index, columns, classes, d, DTYPE)
-            z = dot(here, w, z, DTYPE, PRECISION)
+            z = tl.dot(here, w, z, input_precision=PRECISION, out_dtype=DTYPE)
             v = load_turned(weight_v, index, columns, classes, d, DTYPE)
-            u = dot(here, v, u, DTYPE, PRECISION)
+            u = tl.dot(here, v, u, input_precision=PRECISION, out_dtype=DTYPE)
         z = with_bias(z, bias, index, classes)
         u = with_bias(u, bias_v, index, classes)
         found, r, q = joint_along(
@@ -183,5 +182,5 @@ def joint_oracle(
         PRECISION=precision(weight.dtype, tf32), C=padded(classes, 16),
         SIZE=size_class(n),
     )  # fmt: skip
-    total, sums = summed(total, sums)
+    total, sums = both_summed(total, sums)
     return losses, slopes, total, sums

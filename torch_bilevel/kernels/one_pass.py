@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dots import dot
 from .language import (
     DTYPES,
     Tuned,
@@ -31,7 +30,7 @@ from .language import (
 from .links import rows_along
 from .rows import per_row
 from .rows import reference as between
-from .sums import summed
+from .sums import both_summed
 
 LEAST_ROWS = 64  # in tiles where n is large
 RESIDENT = 1024  # most features for it in TF32
@@ -112,11 +111,12 @@ def add_product(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add left @ here to numbers in memory; a program's first tile sets them."""
+    part = tl.dot(left, here, input_precision=PRECISION, out_dtype=DTYPE)
     inside = (index[:, None] < classes) & (columns[None, :] < d)
     at = total + index[:, None].to(tl.int64) * d + columns[None, :]
     later = (columns[None, :] * 0 + tile) >= tl.num_programs(0)
-    before = tl.load(at, mask=inside & later, other=0)
-    tl.store(at, dot(left, here, before, DTYPE, PRECISION), mask=inside)
+    part += tl.load(at, mask=inside & later, other=0)
+    tl.store(at, part, mask=inside)
 
 
 @jit
@@ -139,7 +139,7 @@ def _chunked_kernel(
             columns = first + tl.arange(0, COLUMNS)
             here = load_tile(x, rows, columns, n, d, DTYPE)
             w = load_turned(weight, index, columns, classes, d, DTYPE)
-            u = dot(here, w, u, DTYPE, PRECISION)
+            u = tl.dot(here, w, u, input_precision=PRECISION, out_dtype=DTYPE)
         u = with_bias(u, bias, index, classes)
         q = rows_along(
             state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
@@ -173,14 +173,16 @@ def _resident_kernel(
     for tile in range(program, tl.cdiv(n, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         here = load_tile(x, rows, columns, n, d, DTYPE)
-        u = dot(here, w, tl.zeros((ROWS, C), DTYPE), DTYPE, PRECISION)
+        u = tl.dot(here, w, input_precision=PRECISION, out_dtype=DTYPE)
         u = with_bias(u, bias, index, classes)
         q = rows_along(
             state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
             SEED_ROWS, SHARE_ROWS, LINK, 1,
         )  # fmt: skip
         sum_b += tl.sum(q, 0)
-        found = dot(tl.trans(q), here, found, DTYPE, PRECISION)
+        found = tl.dot(
+            tl.trans(q), here, found, input_precision=PRECISION, out_dtype=DTYPE
+        )
     inside = (index[:, None] < classes) & (columns[None, :] < d)
     at = total + (program.to(tl.int64) * classes + index[:, None]) * d
     tl.store(at + columns[None, :], found, mask=inside)
@@ -273,7 +275,7 @@ def hessian_product(
         PRECISION=precision(state.dtype, tf32), C=padded(classes, 16),
         SIZE=size_class(n),
     )  # fmt: skip
-    return *summed(total, total_b), m
+    return *both_summed(total, total_b), m
 
 
 def precision(dtype: torch.dtype, tf32: bool) -> str:

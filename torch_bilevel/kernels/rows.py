@@ -169,7 +169,7 @@ def joint_rows(
         both, *biases, target, share, omega, loss, losses, slopes,
         left, n, twice // 2, link.smoothing, per_row(share), link.kind, C, block,
     )  # fmt: skip
-    return summed(loss)[0], losses, slopes, left
+    return summed(loss), losses, slopes, left
 
 
 def per_row(value: Tensor | None) -> int:

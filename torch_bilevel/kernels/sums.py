@@ -44,25 +44,31 @@ def reference(parts: Tensor) -> Tensor:
     return parts.sum(0)
 
 
+def summed(parts: Tensor) -> Tensor:
+    """Σ_g parts_g in one launch; no autotuning.
+
+    Args:
+        parts: (G, ...), contiguous.
+    """
+    return both_summed(parts, parts.new_empty(0, 0))[0]
+
+
 @launcher
-def summed(parts: Tensor, narrow: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Σ_g parts_g, of one array or two, in one launch; no autotuning.
+def both_summed(parts: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of two arrays in one launch; no autotuning.
 
     Args:
         parts: (G, ...), contiguous.
         narrow: the same, of few columns and perhaps many rows.
     """
-    total = parts.new_empty(parts.shape[1:])
-    size, other, width = total.numel(), None, 0
-    count, rows = ceil_div(size, COLUMNS), ROWS
-    if narrow is not None:
-        other = narrow.new_empty(narrow.shape[1:])
-        width = padded(other.numel(), 16)
-        rows, count = max(ROWS, TILE // width), count + 1
+    total, other = (t.new_empty(t.shape[1:]) for t in (parts, narrow))
+    size, few = total.numel(), other.numel()
+    width = padded(few, 16) if few else 0
+    rows = max(ROWS, TILE // width) if few else ROWS
+    count = ceil_div(size, COLUMNS) + (few > 0)
     if count:
         _sums_kernel[(count,)](
-            parts, total, len(parts), size, narrow, other,
-            0 if narrow is None else len(narrow), 0 if other is None else other.numel(),
-            ROWS, COLUMNS, rows, width,
+            parts, total, len(parts), size, narrow, other, len(narrow), few, ROWS,
+            COLUMNS, rows, width,
         )  # fmt: skip
     return total, other

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dots import dot
 from .language import DTYPES, ceil_div, jit, launcher, padded, programs, tl
 from .links import joint_along, rows_along
 from .one_pass import Direction, load_tile, precision, with_bias
 from .one_pass import reference as reference
 from .rows import per_row
-from .sums import summed
+from .sums import both_summed
 
 MOST_CLASSES = 32  # in a program
 FEW_CLASSES = 16  # for which these kernels are written
@@ -63,23 +62,23 @@ def forward_tile(n: int, width: int, dtype: torch.dtype) -> Forward:
         return Forward(16, 4, 32, 4, 4)
     if n < 2**14:
         return Forward(32, 4, 32, 4, 3)
-    return Forward(64 if width == 16 else 128, 1, 64, 4, 3)
+    return Forward(64, 1, 64, 4, 3)
 
 
 def back_tile(n: int, width: int, dtype: torch.dtype) -> Back:
     """The same for the second product; ``width``: of all left factors, padded."""
     if dtype is torch.float64 or width > 32:
         return Back(4, 16, 16, 4, 2)
-    if width == 16:
+    if width == 16 or n < 2**12:
         return Back(4, 32, 32, 4, 3)
-    return Back(4, 16, 32 if n < 2**12 else 64, 4, 3)
+    return Back(4, 16, 64, 4, 4)
 
 
 @jit
 def forward(
     x, weight, rows, n, d, classes, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     COUNT: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
-    COLUMNS: tl.constexpr, SHORT: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """X Wᵀ of some rows, (ROWS, COUNT · C); ``weight``: one or two of (c, d), side by side."""
     index = tl.arange(0, COUNT * C)
@@ -92,7 +91,7 @@ def forward(
             here = load_tile(x, rows, columns, n, d, DTYPE)
             inside = (columns[:, None] < d) & real[None, :]
             w = tl.load(weight + line[None, :] + columns[:, None], mask=inside, other=0)
-            found = dot(here, w, found, DTYPE, PRECISION, SHORT)
+            found = tl.dot(here, w, found, input_precision=PRECISION, out_dtype=DTYPE)
     else:
         parts = tl.zeros((SLICES, ROWS, COUNT * C), DTYPE)
         steps = tl.arange(0, SLICES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -104,7 +103,7 @@ def forward(
             inside = (columns[:, :, None] < d) & real[None, None, :]
             at = weight + line[None, None, :] + columns[:, :, None]
             w = tl.load(at, mask=inside, other=0)
-            parts = dot(here, w, parts, DTYPE, PRECISION, SHORT)
+            parts = tl.dot(here, w, parts, input_precision=PRECISION, out_dtype=DTYPE)
         found = tl.sum(parts, 0)
     return found
 
@@ -122,14 +121,12 @@ def _along_kernel(
     SMOOTHING: tl.constexpr, SEED_ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr,
     LINK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
-    SHORT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.arange(0, C)
     u = forward(
-        x, weight, rows, n, d, classes, DTYPE, PRECISION, 1, C, ROWS, SLICES, COLUMNS,
-        SHORT,
-    )  # fmt: skip
+        x, weight, rows, n, d, classes, DTYPE, PRECISION, 1, C, ROWS, SLICES, COLUMNS
+    )
     u = with_bias(u, bias, index, classes)
     q = rows_along(
         state, target, u, seed, share, omega, m, rows, index, n, classes, SMOOTHING,
@@ -145,14 +142,13 @@ def _joint_along_kernel(
     x, weight, bias, bias_v, target, share, omega, left, sums, losses, slopes, n, d,
     classes, SMOOTHING: tl.constexpr, SHARE_ROWS: tl.constexpr, LINK: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-    SLICES: tl.constexpr, COLUMNS: tl.constexpr, SHORT: tl.constexpr,
+    SLICES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.arange(0, C)
     both = forward(
-        x, weight, rows, n, d, classes, DTYPE, PRECISION, 2, C, ROWS, SLICES, COLUMNS,
-        SHORT,
-    )  # fmt: skip
+        x, weight, rows, n, d, classes, DTYPE, PRECISION, 2, C, ROWS, SLICES, COLUMNS
+    )
     z, u = tl.split(tl.permute(tl.reshape(both, (ROWS, 2, C)), (0, 2, 1)))
     z = with_bias(z, bias, index, classes)
     u = with_bias(u, bias_v, index, classes)
@@ -172,7 +168,6 @@ def _joint_along_kernel(
 def _back_kernel(
     x, left, total, n, d, lines, each, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SHORT: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part, index = tl.program_id(1), tl.arange(0, C)
@@ -189,15 +184,10 @@ def _back_kernel(
         inside = (index[None, :, None] < lines) & (rows[:, None, :] < last)
         at = left + index[None, :, None].to(tl.int64) * n + rows[:, None, :]
         q = tl.load(at, mask=inside, other=0)
-        parts = dot(q, here, parts, DTYPE, PRECISION, 2 * SHORT)
+        parts = tl.dot(q, here, parts, input_precision=PRECISION, out_dtype=DTYPE)
     inside = (index[:, None] < lines) & (columns[None, :] < d)
     at = total + (part.to(tl.int64) * lines + index[:, None]) * d + columns[None, :]
     tl.store(at, tl.sum(parts, 0), mask=inside)
-
-
-def short(x: Tensor) -> int:
-    """Whether TF32 holds its numbers, as it does those of 16 bits."""
-    return int(x.element_size() == 2)
 
 
 def _back(x: Tensor, left: Tensor, sums: Tensor, word: str) -> tuple[Tensor, Tensor]:
@@ -212,9 +202,9 @@ def _back(x: Tensor, left: Tensor, sums: Tensor, word: str) -> tuple[Tensor, Ten
     total = left.new_empty(ceil_div(n, each), lines, d)
     _back_kernel[(across, len(total))](
         x, left, total, n, d, lines, each, DTYPES[left.dtype], word, width,
-        *tile[:3], short(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        *tile[:3], num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return summed(total, sums)
+    return both_summed(total, sums)
 
 
 @launcher
@@ -259,7 +249,7 @@ def hessian_product(
     _along_kernel[(count,)](
         x, v.weight, v.bias, state, target, seed, share, omega, left, sums, m, n, d,
         classes, link.smoothing, per_row(seed), per_row(share), link.kind,
-        DTYPES[state.dtype], word, C, *tile[:3], short(x), num_warps=tile.num_warps,
+        DTYPES[state.dtype], word, C, *tile[:3], num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     return *_back(x, left, sums, word), m
@@ -300,7 +290,7 @@ def joint_oracle(
     _joint_along_kernel[(count,)](
         x, torch.cat([weight, v.weight]), bias, v.bias, target, share, omega, left,
         sums, losses, slopes, n, d, classes, link.smoothing, per_row(share), link.kind,
-        DTYPES[weight.dtype], word, C, *tile[:3], short(x), num_warps=tile.num_warps,
+        DTYPES[weight.dtype], word, C, *tile[:3], num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     total, sums = _back(x, left, sums, word)

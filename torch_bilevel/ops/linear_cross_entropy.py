@@ -119,8 +119,8 @@ def linear_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: a class index of examples that do not count.
         label_smoothing: ε in [0, 1].
-        kernel: what computes products with H: ``"torch"``, on CUDA also ``"rows"`` or
-            ``"one_pass"`` (see `fused`); ``"auto"`` chooses by size.
+        kernel: what computes products with H: ``"torch"``, on CUDA also ``"rows"``,
+            ``"two_pass"`` or ``"one_pass"`` (see `fused`); ``"auto"`` chooses.
 
     Returns:
         The loss, 0-d, or (n,) without reduction; float32 for 16-bit arguments.

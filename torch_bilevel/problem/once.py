@@ -29,6 +29,7 @@ _WAYS_ROUND = {
     "cdist": "torch.cdist: the expanded square, (‖a‖² + ‖b‖² − 2 a·b).sqrt()",
     "pdist": "F.pdist: differences of pairs of rows, x[i] - x[j] with torch.triu_indices",
     "ctc_loss": "F.ctc_loss: the forward algorithm written with logsumexp",
+    "grid_sampler": "F.grid_sample: PyTorch 2.13, which has it (2.11 has not)",
     "hardsigmoid": "F.hardsigmoid: F.relu6(x + 3) / 6",
     "multi_margin": "F.multi_margin_loss: margins written with gather and clamp",
     "multilabel_margin": "F.multilabel_margin_loss: margins written with gather and clamp",
