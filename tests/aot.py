@@ -74,24 +74,28 @@ def tuned(name: str, kernel: Any, constants: dict[str, Any]) -> list[Case]:
     return made
 
 
-def two_pass_cases(classes: int, n: int) -> list[Case]:
+def two_pass_cases(classes: int, n: int, dtype: torch.dtype) -> list[Case]:
     """The tiles for so many rows."""
     C, made = two_pass.padded(classes, 16), []
+    how, pointer = PRECISE, "*fp32"
+    if dtype is torch.float64:
+        how, pointer = {"DTYPE": tl.float64, "PRECISION": "ieee"}, "*fp64"
     kernels = two_pass._along_kernel, two_pass._joint_along_kernel
     for count, kernel in enumerate(kernels, 1):
         width = two_pass.padded(count * classes, 16)
         tiles = {
-            kernel: two_pass.forward_tile(n, count * C, torch.float32),
-            two_pass._back_kernel: two_pass.back_tile(n, width, torch.float32),
+            kernel: two_pass.forward_tile(n, count * C, dtype),
+            two_pass._back_kernel: two_pass.back_tile(n, width, dtype),
         }
         for kernel, tile in tiles.items():
             given = tile._asdict()
             options = {k: v for k, v in given.items() if k.startswith("num_")}
             chosen = {k.upper(): v for k, v in given.items() if k not in options}
             wide = width if kernel is two_pass._back_kernel else C
-            constants = {**LINK, **PRECISE, **chosen, "C": wide}
-            name = f"two_pass {kernel.__name__} {'/'.join(map(str, tile))} of {wide}"
-            made.append(Case(name, kernel, constants, options=options))
+            constants = {**LINK, **how, **chosen, "C": wide}
+            title = f"two_pass {kernel.__name__} {'/'.join(map(str, tile))} of {wide}"
+            known = {name: pointer for name in kernel.arg_names if name not in KINDS}
+            made.append(Case(title, kernel, constants, known, options))
     return made
 
 
@@ -104,7 +108,8 @@ def table() -> list[Case]:
             found += tuned("one_pass resident tf32x3", kernel, {**LINK, **PRECISE})
     found += tuned("joint", joint.JOINT, {**LINK, **PRECISE})
     for classes, n in ((10, 1000), (10, 5000), (10, 60000), (32, 1000)):
-        found += two_pass_cases(classes, n)
+        found += two_pass_cases(classes, n, torch.float32)
+    found += two_pass_cases(10, 1000, torch.float64)
     between = {**LINK, "BLOCK": rows.BLOCK // CLASSES}
     found.append(Case("rows", rows._rows_kernel, between))
     found.append(Case("joint rows", rows._joint_rows_kernel, between))

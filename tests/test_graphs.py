@@ -202,7 +202,7 @@ def test_without_graphs_on_request(captures):
     assert not captures
 
 
-@pytest.mark.parametrize("kernel", ["rows", "one_pass"])
+@pytest.mark.parametrize("kernel", ["rows", "two_pass", "one_pass"])
 def test_kernels_of_a_fused_loss_are_part_of_the_recording(captures, kernel):
     x, y = torch.randn(20, 6), torch.randint(3, (20,))
     found = []

@@ -275,6 +275,7 @@ def test_tiles_of_many_rows(kernel, many, classes, monkeypatch):
     forward, back = two_pass.forward_tile, two_pass.back_tile
     monkeypatch.setattr(two_pass, "forward_tile", lambda n, *a: forward(many, *a))
     monkeypatch.setattr(two_pass, "back_tile", lambda n, *a: back(many, *a))
+    monkeypatch.setattr(language, "INTERPRETED_PROGRAMS", 40)
     agree(kernel, problem(700, 150, classes, torch.float32, "softmax"), 1e-6)
 
 
@@ -664,6 +665,17 @@ def test_operations_by_kernels(name, kernel, foreseen):
     close(found, exact, 1e-12)
     called_for = "joint_oracle" if foreseen else "hessian_product"
     assert called == {f"torch_bilevel.linear_{called_for}.default"} and not none
+
+
+@pytest.mark.parametrize("kernel", ["torch", "rows", "two_pass", "one_pass"])
+def test_losses_may_be_changed_in_place(kernel):
+    x, W, t = draw(9, 4), draw(3, 4).requires_grad_(), torch.zeros(9, dtype=torch.int64)
+    with ops.foreseen([W], [W.detach().sin()]):
+        loss = ops.linear_cross_entropy(x, W, None, t.to(DEVICE), kernel=kernel)
+    loss += W.square().sum()
+    (found,) = torch.autograd.grad(loss, W)
+    plain = torch.nn.functional.cross_entropy(x @ W.mT, t.to(DEVICE)) + W.square().sum()
+    close(found, torch.autograd.grad(plain, W)[0], 1e-12)
 
 
 @pytest.mark.parametrize("kernel", ["rows", "two_pass", "one_pass"])

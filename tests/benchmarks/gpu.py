@@ -246,7 +246,7 @@ class Race:
             functions = [build(*c) for c in self.copies[: 1 if single else None]]
             pieces = [self.pieces(function()) for function in functions][-1]
             self.expected = self.expected or pieces
-            row["off"] = off(pieces[: len(self.expected)], self.expected)
+            row["off"] = off(pieces, self.expected)
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and f"no {error.name}"
             row["note"] = missing or products.reason(error)
@@ -847,14 +847,14 @@ def vectors(session, name, nbytes, n):
 
 PARTS = {  # seconds it may take, and its items: name, function, arguments
     "roofline": (20, lambda: [("device", measured)]),
-    "correctness": (140, correctness),
+    "correctness": (130, correctness),
     "tuning": (60, tuning),
-    "products": (200, lambda: [
+    "products": (180, lambda: [
         *((f"softmax, n = {n}", softmax, n) for n in SIZES),
         ("transformer, n = 16", transformer, size(16, 2)),
     ]),
     "oracle": (50, lambda: [(f"softmax, n = {n}", oracle, n) for n in SIZES]),
-    "solver": (40, lambda: [("MLP, 20 steps", solver, *size((1024, 20), (12, 2)))]),
+    "solver": (70, lambda: [("MLP, 20 steps", solver, *size((1024, 20), (12, 2)))]),
     "heads": (30, lambda: [("256 heads, 10 steps", few_shot, size(256, 3))]),
     "vectors": (20, lambda: [
         (name, vectors, name, nbytes, size(10_000_000, 3000))

@@ -95,7 +95,7 @@ def loss_of(case):
 
 
 class Kept:
-    """``run(product, v)``, compiled, where the product is linearised once a copy is kept of.
+    """``run(product, v)``, compiled, of a product that is linearised once.
 
     Args:
         run: what is timed; what it is called with besides the product are its arguments.

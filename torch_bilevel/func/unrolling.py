@@ -212,9 +212,8 @@ def _train(
     return pytree.tree_unflatten(found, structure)
 
 
-@dataclass(
-    frozen=True, eq=False
-)  # PyTorch 2.11's compiler hashes it before it has fields
+# no ==: PyTorch 2.11's compiler hashes it before it has fields
+@dataclass(frozen=True, eq=False)
 class Steps:
     """The loop itself.
 

@@ -66,9 +66,8 @@ def started(r: Tensor, target: Tensor, cold: Tensor) -> State:
     rows[1:3, :n] = r
     numbers, flags = r.new_zeros(2, 8), r.new_zeros(2, 8, dtype=torch.int32)
     numbers[0, TARGET] = target
-    numbers[0, UNIT].fill_(
-        1
-    )  # a number that is assigned makes the host wait for the device
+    # a number that is assigned makes the host wait for the device
+    numbers[0, UNIT].fill_(1)
     numbers[0, TINY].fill_(10 * torch.finfo(r.dtype).eps)
     flags[0, ACTIVE] = flags[0, GOING] = torch.dot(r, r) > target
     flags[0, COLD] = cold

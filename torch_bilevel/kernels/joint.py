@@ -159,7 +159,7 @@ def joint_oracle(
 
     Args:
         link: the loss; its ``kind`` is one of `links`.
-        x: (n, d), contiguous, float64, float32, or 16-bit storage.
+        x: (n, d), not empty, contiguous, float64, float32, or 16-bit storage.
         at: W and b, float32 or float64; what follows has their dtype.
         v: the direction; both biases or none.
         target: class indices (n,) or numbers (c, n), contiguous.

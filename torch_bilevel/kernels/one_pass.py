@@ -35,6 +35,7 @@ from .sums import both_summed
 LEAST_ROWS = 64  # in tiles where n is large
 RESIDENT = 1024  # most features for it in TF32
 ROOM = 200_000  # bytes of shared memory it takes
+MOST_CLASSES = 64  # in a program
 PRECISE = 128  # and in float32 accuracy: more would leave the registers
 
 
@@ -243,7 +244,7 @@ def hessian_product(
 
     Args:
         link: the loss; its ``kind`` is one of `links`.
-        x: (n, d), contiguous, float64, float32, or 16-bit storage.
+        x: (n, d), not empty, contiguous, float64, float32, or 16-bit storage.
         v: the direction, float32 or float64; what follows has its dtype.
         state: (c, n), contiguous.
         target: class indices (n,) or numbers (c, n), contiguous.
@@ -258,8 +259,6 @@ def hessian_product(
     """
     (n, d), classes = x.shape, len(v.weight)
     m = state.new_empty(n) if wants_slope else None
-    if not (n and d):
-        return torch.zeros_like(v.weight), state.new_zeros(classes), m
     count = programs(x, ceil_div(n, LEAST_ROWS))
     total = state.new_empty(count, classes, d)
     total_b = state.new_empty(count, classes)

@@ -5,8 +5,8 @@
     m = s κ ∘ ⟨r, u⟩      (n,),   the derivative J v with respect to ω
 
 With W and V in the first product and both left factors in the second, the same for the joint
-oracle: see `joint_rows`. The default on a GPU: state and u are read once, 12 bytes per output and
-row in float32. The two products around it read x twice; see `one_pass` for when once is faster.
+oracle: see `joint_rows`. What a GPU takes for more classes than `two_pass`, and for float64: state
+and u are read once, 12 bytes per output and row in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def reference(
     share: Tensor | None,
     omega: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Q and m by operations of PyTorch; see `curved_rows`.
+    """The left factor q, and m, by operations of PyTorch; see `curved_rows`.
 
     Args:
         link: the formulas of the loss.
@@ -81,7 +81,7 @@ def curved_rows(
     bias: Tensor | None = None,
     wants_slope: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Q and m in one launch.
+    """The left factor q, and m, in one launch.
 
     No autotuning: a program takes 2048 entries whatever the shape.
 

@@ -33,10 +33,10 @@ def _sums_kernel(
     if block < blocks:
         add_up(parts, total, block, count, size, ROWS, COLUMNS)
     elif NARROW:
-        block -= blocks
         add_up(
-            narrow, narrow_total, block, narrow_count, narrow_size, NARROW_ROWS, NARROW
-        )
+            narrow, narrow_total, block - blocks, narrow_count, narrow_size,
+            NARROW_ROWS, NARROW,
+        )  # fmt: skip
 
 
 def reference(parts: Tensor) -> Tensor:

@@ -27,8 +27,15 @@ from ..kernels.one_pass import Direction
 from .link import KEEP, Link
 
 KERNELS = ("auto", "torch", "rows", "two_pass", "one_pass")
-CLASSES = {"rows": rows.MOST_CLASSES, "two_pass": two_pass.MOST_CLASSES, "one_pass": 64}
-VISITS: dict[str, Any] = {"two_pass": two_pass, "one_pass": one_pass}
+CLASSES = {
+    "rows": rows.MOST_CLASSES,
+    "two_pass": two_pass.MOST_CLASSES,
+    "one_pass": one_pass.MOST_CLASSES,
+}
+VISITS = {  # kernels that read x: the Hessian product and the joint oracle
+    "two_pass": (two_pass.hessian_product, two_pass.joint_oracle),
+    "one_pass": (one_pass.hessian_product, joint.joint_oracle),
+}
 choices: dict[str, str] = {}  # operation -> what "auto" took last on CUDA, and why
 
 
@@ -142,7 +149,8 @@ def joint_oracle(
     losses, slopes, both, sums = found
     (gW, hW), biases = both, sums[:-1].view(2, -1)
     gb, hb = (None, None) if at.bias is None else biases
-    return joint.Joint(sums[-1], losses, slopes, Direction(gW, gb), Direction(hW, hb))
+    loss = sums[-1].clone()  # no view: losses may be added to in place
+    return joint.Joint(loss, losses, slopes, Direction(gW, gb), Direction(hW, hb))
 
 
 class _Known(NamedTuple):
@@ -169,7 +177,7 @@ def _hessian_product(
     )
     if kernel in VISITS:
         v = Direction(weight, bias)
-        W, b, m = VISITS[kernel].hessian_product(
+        W, b, m = VISITS[kernel][0](
             link, x, v, state, target, seed, share, omega, slopes, tf32
         )
     else:
@@ -213,9 +221,8 @@ def _joint_oracle(
         x, weight, bias, weight_v, bias_v, target, share, omega
     )
     if kernel in VISITS:
-        visit = joint if kernel == "one_pass" else two_pass
         at, v = Direction(weight, bias), Direction(weight_v, bias_v)
-        return visit.joint_oracle(link, x, at, v, target, share, omega, tf32)
+        return VISITS[kernel][1](link, x, at, v, target, share, omega, tf32)
     x = x.to(weight.dtype)
     both = torch.cat([weight, weight_v]) @ x.mT
     loss, losses, slopes, left = rows.joint_rows(
