@@ -34,6 +34,7 @@ from torch_bilevel.kernels import (
     sums,
     two_pass,
 )
+from torch_bilevel.kernels.language import padded
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 CLASSES = 16
@@ -60,12 +61,17 @@ class Case(NamedTuple):
     options: dict[str, int] = {"num_warps": 4}  # Triton's default
 
 
+def parted(given: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Meta-parameters, and options of the compiler."""
+    options = {k: v for k, v in given.items() if k.startswith("num_")}
+    return {k: v for k, v in given.items() if k not in options}, options
+
+
 def tuned(name: str, kernel: Any, constants: dict[str, Any]) -> list[Case]:
     """One for each configuration."""
     made = []
     for given in kernel.configurations:
-        options = {k: v for k, v in given.items() if k.startswith("num_")}
-        chosen = {k: v for k, v in given.items() if k not in options}
+        chosen, options = parted(given)
         words = "/".join(map(str, given.values()))
         constants = {**constants, **chosen, "SIZE": 2}
         made.append(
@@ -76,21 +82,20 @@ def tuned(name: str, kernel: Any, constants: dict[str, Any]) -> list[Case]:
 
 def two_pass_cases(classes: int, n: int, dtype: torch.dtype) -> list[Case]:
     """The tiles for so many rows."""
-    C, made = two_pass.padded(classes, 16), []
+    C, made = padded(classes, 16), []
     how, pointer = PRECISE, "*fp32"
     if dtype is torch.float64:
         how, pointer = {"DTYPE": tl.float64, "PRECISION": "ieee"}, "*fp64"
     kernels = two_pass._along_kernel, two_pass._joint_along_kernel
     for count, kernel in enumerate(kernels, 1):
-        width = two_pass.padded(count * classes, 16)
+        width = padded(count * classes, 16)
         tiles = {
             kernel: two_pass.forward_tile(n, count * C, dtype),
             two_pass._back_kernel: two_pass.back_tile(n, width, dtype),
         }
         for kernel, tile in tiles.items():
-            given = tile._asdict()
-            options = {k: v for k, v in given.items() if k.startswith("num_")}
-            chosen = {k.upper(): v for k, v in given.items() if k not in options}
+            chosen, options = parted(tile._asdict())
+            chosen = {k.upper(): v for k, v in chosen.items()}
             wide = width if kernel is two_pass._back_kernel else C
             constants = {**LINK, **how, **chosen, "C": wide}
             title = f"two_pass {kernel.__name__} {'/'.join(map(str, tile))} of {wide}"

@@ -29,7 +29,6 @@ import contextlib
 import copy
 import datetime
 import gc
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -414,7 +413,7 @@ def hypergradients(engine, kind, fuse, estimator):
 def checks():
     """What is compared, how large its error may be, and in how many runs; urgent ones first."""
     n, d = size((1008, 192), (40, 144))
-    once, all_of = kernels.VISITS, tuple(kernels.KERNELS)
+    visits, all_of = kernels.VISITS, tuple(kernels.KERNELS)
     estimators = (
         "cg(max_steps=5, rtol=0., warm_start=False)", "cg(max_steps=20, rtol=1e-4)",
         "neumann(num_steps=6, step_size=0.05)",
@@ -434,9 +433,9 @@ def checks():
                     yield partial(of_outer_steps, *case), 3e-3, 1
             for name in all_of:
                 yield partial(of_loss, name, n - 7, d + 11), bar
-            for name in once:
+            for name in visits:
                 yield partial(of_loss, name, n, d, stored=torch.bfloat16), bar
-            for name, features in itertools.product(once, (24, 100, 250, 784)):
+            for name, features in itertools.product(visits, (24, 100, 250, 784)):
                 yield partial(of_loss, name, n, features, tf32=True), 5e-3
                 if features <= one_pass.PRECISE:
                     yield partial(of_loss, name, n, features), bar

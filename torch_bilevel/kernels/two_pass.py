@@ -220,22 +220,8 @@ def hessian_product(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """H v and m from two visits to x, in three launches.
 
-    No autotuning: tiles go by n (`forward_tile`, `back_tile`).
-
-    Args:
-        link: the loss; its ``kind`` is one of `links`.
-        x: (n, d), not empty, contiguous, float64, float32, or 16-bit storage.
-        v: the direction, float32 or float64; what follows has its dtype.
-        state: (c, n), contiguous.
-        target: class indices (n,) or numbers (c, n), contiguous.
-        seed: s, 0-d or (n,).
-        share: κ, 0-d, (n,) or None.
-        omega: ω, (n,) or None.
-        wants_slope: m is wanted.
-        tf32: products may be rounded to TF32.
-
-    Returns:
-        H v of the weight, (c, d), and of the bias, (c,), and m, (n,) or None.
+    No autotuning: tiles go by n (`forward_tile`, `back_tile`). Takes and returns what
+    `one_pass.hessian_product` does.
     """
     (n, d), classes, C = x.shape, len(v.weight), padded(len(v.weight), 16)
     m = state.new_empty(n) if wants_slope else None
@@ -264,18 +250,7 @@ def joint_oracle(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, gradient, H v and J v from two visits to x, in four launches.
 
-    Args:
-        link: the loss; its ``kind`` is one of `links`.
-        x: (n, d), not empty, contiguous, float64, float32, or 16-bit storage.
-        at: W and b, float32 or float64; what follows has their dtype.
-        v: the direction; both biases or none.
-        target: class indices (n,) or numbers (c, n), contiguous.
-        share: κ, 0-d, (n,) or None.
-        omega: ω, (n,) or None.
-        tf32: products may be rounded to TF32.
-
-    Returns:
-        ℓ and ⟨r, u⟩, (n,); ∇S and H v of the weight, (2, c, d); both of the bias and S, (2c + 1,).
+    Takes and returns what `joint.joint_oracle` does.
     """
     (n, d), (weight, bias) = x.shape, at
     classes, new, C = len(weight), weight.new_empty, padded(len(weight), 16)
