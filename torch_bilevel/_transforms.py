@@ -12,4 +12,5 @@ def transformed() -> bool:
 
 def may_look() -> bool:
     """Whether Python may branch on the value of a tensor."""
-    return not (torch.compiler.is_compiling() or transformed())
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or torch._C._are_functorch_transforms_active())

@@ -190,7 +190,7 @@ def main():
     mib = numbers * 4 / 2**20
     print(f"torch {torch.__version__}, {numbers:,} parameters; MiB")
     methods = ["plain", "cg", "unrolled", "unrolled(checkpoint_every=9)"]
-    methods += ["unrolled(keep_graph=True)"]
+    methods += ["unrolled(checkpoint_every=20)", "unrolled(keep_graph=True)"]
     methods += ["higher", "torchopt"] if args.peers else []
     for kind, vectors in (("SGD", 2), ("Adam", 3)):
         print(f"\n{kind}: an iterate is {vectors * mib:.1f} MiB")

@@ -58,17 +58,17 @@ def sgd_transpose(
     lr, momentum, decay = (
         float(hyper[key]) for key in ("lr", "momentum", "weight_decay")
     )
-    torch.mul(y_bar, -lr, out=g_bar)
     if momentum:
         bar, nesterov = state_bar["momentum_buffer"], hyper["nesterov"]
-        bar.add_(g_bar, alpha=momentum if nesterov else 1.0)
+        bar.add_(y_bar, alpha=-lr * momentum if nesterov else -lr)
         first = "momentum_buffer" not in point[2]
         share = 1.0 if first else 1.0 - float(hyper["dampening"])
+        torch.mul(bar, share, out=g_bar)
         if nesterov:
-            g_bar.add_(bar, alpha=share)
-        else:
-            torch.mul(bar, share, out=g_bar)
+            g_bar.add_(y_bar, alpha=-lr)
         bar.mul_(momentum)
+    else:
+        torch.mul(y_bar, -lr, out=g_bar)
     if decay:
         y_bar.add_(g_bar, alpha=decay)
     if hyper["maximize"]:

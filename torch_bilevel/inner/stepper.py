@@ -31,7 +31,7 @@ States = list[dict[str, Any]]
 class Point:
     """Parameters and optimizer state before a step."""
 
-    values: Sequence[Tensor]
+    values: list[Tensor]
     states: States
 
 
@@ -89,18 +89,25 @@ class Stepper:
         """The point after the records, stepped through again from the one before them."""
         before: Point | None = None
         for record in records:
-            self.problem.inner.overwrite(point.values)
-            # with the user's own kernels, to arrive at the iterate the loop arrived at
-            gradients = self.problem.inner_gradients(record.calls, once=True)
-            with torch.no_grad():
-                values, states = self.apply(
-                    record, point.values, gradients, point.states
-                )
-            point = Point(self.pool.copy(values), copy_states(states, self.pool))
+            point = self._step(record, point)
             if before is not None:
                 self.pool.give_back(tensors_of(before.values, before.states))
             before = point
         return point
+
+    def _step(self, record: StepRecord, point: Point) -> Point:
+        """The point after a step; what it takes besides is gone before the next begins."""
+        self.problem.inner.overwrite(point.values)
+        after = Point([], [])
+        # with the user's own kernels, to arrive at the iterate the loop arrived at
+        gradients = self.problem.inner_gradients(record.calls, once=True)
+        with torch.no_grad():
+            moved = self.apply(record, point.values, gradients, point.states)
+            del gradients
+            for value, state in moved:
+                after.values += self.pool.copy([value])
+                after.states += copy_states([state], self.pool)
+        return after
 
     def backward(
         self, records: Sequence[StepRecord], begin: int, end: int
@@ -136,26 +143,21 @@ class Stepper:
         values: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         states: States,
-    ) -> tuple[list[Tensor], States]:
-        """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), for every parameter."""
-        used = self.loop.consumed(gradients, record.present(), values)
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), parameter by parameter."""
+        used = list(self.loop.consumed(gradients, record.present(), values))
+        del gradients  # each is let go once it is used
         groups = list(groups_of(record.parts))
         if self.moved and self.loop.hyperparameters is not None:
             found = self.loop.hyperparameters.numbers(record.position, groups)
             groups = [{**a, **b} for a, b in zip(groups, found, strict=True)]
-        new_values, new_states = [], []
-        for (rule, hyper), value, gradient, state in zip(
-            self.updates(record, HyperAdjoint(None, 0, groups)),
-            values,
-            used,
-            states,
-            strict=True,
-        ):
+        updates = self.updates(record, HyperAdjoint(None, 0, groups))
+        for index, (rule, hyper) in enumerate(updates):
+            gradient, used[index] = used[index], None
+            value, state = values[index], states[index]
             if gradient is not None:
                 value, state = rule.step(value, gradient, state, hyper)
-            new_values.append(value)
-            new_states.append(state)
-        return new_values, new_states
+            yield value, state
 
     def unexplained(self, records: Sequence[StepRecord], record: StepRecord) -> float:
         """How far a step is from what the rule gives with the user's own kernels, relative to it.
@@ -192,12 +194,11 @@ class Stepper:
             moved = layout.flatten(moved) + eps * g.abs()
         with torch.no_grad():
             exact, other = (
-                layout.flatten(
-                    self.apply(
-                        record, point.values, layout.split(vector), point.states
-                    )[0]
+                layout.flatten([value for value, _ in self.apply(record, *taken)])
+                for taken in (
+                    (point.values, layout.split(g), point.states),
+                    (point.values, layout.split(moved), point.states),
                 )
-                for vector in (g, moved)
             )
             off, rounding = (
                 torch.stack([torch.linalg.vector_norm(part) for part in parts])

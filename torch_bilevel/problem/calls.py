@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,7 @@ class Call:
 
 
 _requires_grad = attrgetter("requires_grad")
+_is_on = itemgetter(1)
 _NONE_FROZEN: Set[int] = frozenset()
 
 WeightedCall = tuple[Call, Any]  # the call and the weight it was back-propagated with
@@ -190,6 +191,9 @@ def autocast_state(device_types: Sequence[str]) -> AutocastState:
 @contextlib.contextmanager
 def autocast(state: AutocastState) -> Iterator[None]:
     """A fresh autocast region in the given state, with an empty cache before and after."""
+    if not torch._C._is_any_autocast_enabled() and not any(map(_is_on, state)):  # type: ignore[attr-defined]
+        yield  # everything is as it should be, and nothing is cached
+        return
     torch.clear_autocast_cache()
     try:
         with contextlib.ExitStack() as stack:

@@ -154,5 +154,6 @@ class Linearization(Point):
                 retain_graph=not last,
             )
             to_inner, to_outer = found[0] or to_inner, found[1] or to_outer
-        self.reach(to_outer)
+        if outer:
+            self.reach(to_outer)
         return to_inner, to_outer

@@ -203,7 +203,8 @@ class Randomness:
 
     def restore(self) -> None:
         """Put every generator back into this state."""
-        torch.set_rng_state(self.cpu.clone())  # torch crashes on a row of a slab
+        if _torch.read() is not self.cpu:
+            torch.set_rng_state(self.cpu.clone())  # torch crashes on a row of a slab
         for device, state in self.devices:
             torch.get_device_module(device).set_rng_state(state, device)
         if _python.read() != self.python:

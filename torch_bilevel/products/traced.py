@@ -33,7 +33,6 @@ from ..problem import (
     Call,
     WeightedCall,
     gradients,
-    like,
     pulled,
     reachable_numbers,
     scalar,
@@ -195,9 +194,8 @@ def _key(problem: BilevelProblem, call: Call, given: Given) -> tuple:
 
 @dataclass
 class Values:
-    """What the product needs of a point, and the gradient there."""
+    """What the product needs of a point."""
 
-    gradient: Tensor
     kept: list[Tensor]
 
 
@@ -229,7 +227,7 @@ class Recording:
             except Exception as error:
                 raise failed(call.name, error) from error
         self.others = [places.get(id(tensor), tensor) for tensor in others]
-        self.prefix, self.kept, self.order = split(module, 0, [0, 1])
+        self.prefix, self.kept, self.order = split(module, 0, [0])
         self.module = module
         self._products: dict[tuple[bool, bool], Callable[..., Any]] = {}
         self._captured: dict[tuple[bool, bool], CapturedProduct] = {}
@@ -240,7 +238,7 @@ class Recording:
         problem, (_, rest, spec) = self.problem, given
 
         def run(v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            """(loss, ∇_y g, H v, J v) of a call on these arguments."""
+            """(loss, H v, J v) of a call on these arguments; not ∇_y g, which costs more."""
             data = iter(tensors)
             leaves = [next(data) if leaf is _DATA else leaf for leaf in rest]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -252,10 +250,8 @@ class Recording:
             )
             H, J = pulled(parts, inner.layout.split(v), inner.tensors, problem.direct)
             self.reached = [part is not None for part in J]
-            detached = [None if part is None else part.detach() for part in parts]
             return (
                 loss.detach().clone(),
-                inner.layout.flatten(detached),
                 inner.layout.flatten(H),
                 outer.layout.flatten(J),
             )
@@ -275,7 +271,7 @@ class Recording:
                 for other in self.others
             ]
             try:
-                found, gradient, *kept = self.prefix(v, *tensors, *others)
+                found, *kept = self.prefix(v, *tensors, *others)
             except (RuntimeError, IndexError):  # of shapes that depend on values
                 return None
         size = loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
@@ -288,18 +284,18 @@ class Recording:
         kept = [t.to(v.device) if t.dim() == 0 else t for t in kept]
         kept = [t.clone() if _address(t) in own else t for t in kept]
         self.nbytes = sum(t.numel() * t.element_size() for t in kept)
-        return Values(gradient, kept)
+        return Values(kept)
 
     def size(self) -> tuple[int, int]:
         """Operations in a joint product, and bytes kept of a point."""
-        graph = product(self.module, self.kept, self.order, [2, 3]).graph
+        graph = product(self.module, self.kept, self.order, [1, 2]).graph
         return sum(node.op == "call_function" for node in graph.nodes), self.nbytes
 
     def product(self, inner: bool, outer: bool) -> Callable[..., Any]:
         """v, *values ↦ (H v,) if ``inner``, (J v,) if ``outer``, or both."""
         run = self._products.get((inner, outer))
         if run is None:
-            numbers = [k for k, want in ((2, inner), (3, outer)) if want]
+            numbers = [k for k, want in ((1, inner), (2, outer)) if want]
             run = product(self.module, self.kept, self.order, numbers)
             if self.options.compile:
                 run = torch.compile(run, fullgraph=True, dynamic=False)
@@ -342,12 +338,8 @@ class TracedPoint(Substitute):
 
     @property
     def gradient(self) -> Tensor:
-        """See `Point.gradient`."""
-        found = [
-            like(w, values.gradient.sum()) * values.gradient
-            for _, values, w in self.parts
-        ]
-        return torch.stack(found).sum(0)
+        """See `Point.gradient`; by double backward, for few estimators ask for it."""
+        return self.exact.gradient
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`."""

@@ -96,18 +96,20 @@ class CG(Solver):
         self, operator: Operator, r: Tensor, target: Tensor, cold: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The iteration with numbers in Python, where reading a tensor waits for no device."""
-        rows = torch.stack([torch.zeros_like(r), r, r, r])  # x − x₀, r, p, A p
-        other, eps = torch.empty_like(rows), torch.finfo(rows.dtype).eps
+        rows = torch.stack([torch.zeros_like(r), r, r, r])
+        here, there = _Rows.of(rows), _Rows.of(torch.empty_like(rows))
+        products, eps = r.new_empty(3, 3), torch.finfo(r.dtype).eps
         unit, goal = torch.ones_like(target), float(target)
-        ahead = float(torch.dot(rows[1], rows[1]))
+        ahead = float(torch.dot(r, r))
         steps, curvature, scale, negative, broken = 0, 0.0, 0.0, False, False
         for k in range(self.max_steps):
             if not ahead > goal:
                 break
-            Ap = operator(rows[2])
-            unit = unit_of(Ap, rows[2]) if k == 0 else unit
-            torch.div(Ap, unit, out=rows[3])
-            (rr, _, rAp), (_, pp, pAp), (_, _, ApAp) = _inner_products(rows).tolist()
+            Ap = operator(here.p)
+            unit = unit_of(Ap, here.p) if k == 0 else unit
+            torch.div(Ap, unit, out=here.Ap)
+            torch.mm(here.last, here.transposed, out=products)
+            (rr, _, rAp), (_, pp, pAp), (_, _, ApAp) = products.tolist()
             if not (rr > goal and pp > 0):
                 break
             curvature, stretch = pAp / pp, math.sqrt(ApAp / pp)
@@ -130,14 +132,14 @@ class CG(Solver):
             beta = next_rr / rr
             # x + α p,  r − α A p,  r₊ + β p
             moves = [[1, 0, alpha, 0], [0, 1, 0, -alpha], [0, 1, beta, -alpha]]
-            torch.mm(rows.new_tensor(moves), rows, out=other[:3])
-            rows, other = other, rows
+            torch.mm(products.new_tensor(moves), here.all, out=there.first)
+            here, there = there, here
             if not good:
                 break
             steps += 1
         return (
-            rows[0],
-            rows[1],
+            here.all[0],
+            here.all[1],
             {
                 "num_steps": torch.tensor(steps),
                 "negative_curvature": torch.tensor(negative),
@@ -321,6 +323,17 @@ class _State(NamedTuple):
     cold: Any
 
 
-def _inner_products(rows: Tensor) -> Tensor:
-    """Those of r, p and A p with each other, (3, 3), from one operation."""
-    return rows[1:] @ rows[1:].mT
+class _Rows(NamedTuple):
+    """Rows x − x₀, r, p, A p, and views of them, made once."""
+
+    all: Tensor
+    first: Tensor
+    last: Tensor
+    transposed: Tensor
+    p: Tensor
+    Ap: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> _Rows:
+        last = rows[1:]
+        return cls(rows, rows[:3], last, last.mT, rows[2], rows[3])
