@@ -31,7 +31,7 @@ States = list[dict[str, Any]]
 class Point:
     """Parameters and optimizer state before a step."""
 
-    values: list[Tensor]
+    values: Sequence[Tensor]
     states: States
 
 
@@ -98,16 +98,17 @@ class Stepper:
     def _step(self, record: StepRecord, point: Point) -> Point:
         """The point after a step; what it takes besides is gone before the next begins."""
         self.problem.inner.overwrite(point.values)
-        after = Point([], [])
+        values: list[Tensor] = []
+        states: States = []
         # with the user's own kernels, to arrive at the iterate the loop arrived at
         gradients = self.problem.inner_gradients(record.calls, once=True)
         with torch.no_grad():
             moved = self.apply(record, point.values, gradients, point.states)
             del gradients
             for value, state in moved:
-                after.values += self.pool.copy([value])
-                after.states += copy_states([state], self.pool)
-        return after
+                values += self.pool.copy([value])
+                states += copy_states([state], self.pool)
+        return Point(values, states)
 
     def backward(
         self, records: Sequence[StepRecord], begin: int, end: int

@@ -322,8 +322,7 @@ class BilevelProblem:
             calls: recorded calls of outer losses with their weights.
             values: their losses, with graphs, if already evaluated at this point.
         """
-        total: Tensor | None = None
-        inner, outer = self.inner.layout.zeros(), self.outer.layout.zeros()
+        total: list[Tensor] = []
         reached = [False] * len(self.outer.tensors)
         touched = False
         for index, (call, weight) in enumerate(calls):
@@ -346,18 +345,20 @@ class BilevelProblem:
                 known or part is not None
                 for known, part in zip(reached, to_outer, strict=True)
             ]
-            inner += self.inner.layout.flatten(to_inner)
-            outer += self.outer.layout.flatten(to_outer)
-            part = (loss.detach() * seed).reshape(())
-            total = part if total is None else total + part
+            part = [
+                (loss.detach() * seed).reshape(()),
+                self.inner.layout.flatten(to_inner),
+                self.outer.layout.flatten(to_outer),
+            ]
+            total = list(map(torch.add, total, part)) if total else part
         if not touched:
             raise Disconnected(
                 f"The outer loss {calls[0][0].name!r} does not depend on any inner parameter "
                 f"({_few(self.inner)}), so there is nothing to differentiate through the "
                 "inner loop. Does it use the model that the inner optimizer trains?"
             )
-        assert total is not None
-        return OuterGradients(total, inner, outer, reached)
+        value, inner, outer = total
+        return OuterGradients(value, inner, outer, reached)
 
 
 def _common(inner: Variables, outer: Variables) -> list[tuple[slice, slice]]:

@@ -50,8 +50,9 @@ class Traced(Products):
 
     Needs: a loss without control flow that depends on values of tensors, whose batches are tensors
     (in containers, if you like) of few different shapes: each shape is recorded anew. Costs: 0.1 to
-    3 s to record, with ``compile=True`` 5 to 60 s once; then an evaluation of the loss and a
-    forward and backward pass per point, and a product without Python's and autograd's overhead.
+    3 s to record, with ``compile=True`` 5 to 60 s once; then an evaluation of the loss and most
+    of a forward and backward pass per point, and products without Python's and autograd's
+    overhead.
     The first product of a recording is checked against double backward.
 
     Args:
