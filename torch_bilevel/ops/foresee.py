@@ -32,14 +32,21 @@ def foreseen(tensors: Sequence[Tensor], along: Sequence[Tensor]) -> Iterator[Non
         _known.pop()
 
 
+def foreseeing(weight: Tensor) -> bool:
+    """Whether a product along a known direction of a weight will be asked for."""
+    if not _known or torch._C._are_functorch_transforms_active():
+        return False
+    return id(weight) in _known[-1]
+
+
 def direction(
     weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None] | None:
     """The parts of the foreseen direction of weight and bias; None where none is."""
-    if not _known or torch._C._are_functorch_transforms_active():
+    if not foreseeing(weight):
         return None
     known = _known[-1]
-    if id(weight) not in known or (bias is not None and id(bias) not in known):
+    if bias is not None and id(bias) not in known:
         return None
     return known[id(weight)], None if bias is None else known[id(bias)]
 

@@ -128,7 +128,7 @@ def linear_cross_entropy(
     Raises:
         InvalidLoss: shapes, dtypes or options do not fit.
         KernelUnavailable: the kernel asked for cannot run here.
-        NoThirdDerivative: it is differentiated three times. (Below n·d·c = 2²⁰ the loss is made of
+        NoThirdDerivative: it is differentiated three times. (Below n·d·c = 2²³ the loss is made of
             plain operations, which have all derivatives.)
 
     Example:

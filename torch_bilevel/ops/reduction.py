@@ -15,7 +15,7 @@ from ..errors import InvalidLoss
 from . import formulas
 from .along import loss_along
 from .cut import cutting, fusing, model_output
-from .foresee import direction
+from .foresee import direction, foreseeing
 from .formulas import times, weighted_sum
 from .fused import resolve
 from .linear_loss import linear_loss
@@ -110,9 +110,10 @@ def too_small(x: Tensor, weight: Tensor, kernel: str) -> bool:
     launches cost more than Python. In compiled code it always would: the compiler fuses plain
     operations itself, and dynamo takes what such a function saves for constants.
     """
+    small = formulas.ALONG if foreseeing(weight) else formulas.SMALL
     return torch.compiler.is_compiling() or (
         kernel == "torch"
-        and x.numel() * weight.shape[0] <= formulas.SMALL
+        and x.numel() * weight.shape[0] <= small
         and not fusing()
         and not torch.is_autocast_enabled(x.device.type)
     )
