@@ -15,6 +15,7 @@ from .linearization import Linearization as Linearization
 from .modules import ModuleSet as ModuleSet
 from .modules import reachable_numbers as reachable_numbers
 from .once import raise_if_no_second_derivative as raise_if_no_second_derivative
+from .point import NOTHING as NOTHING
 from .point import Point as Point
 from .problem import BilevelProblem as BilevelProblem
 from .problem import OuterGradients as OuterGradients

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .problem import BilevelProblem
 
 
+NOTHING = torch.empty(0)  # what was not asked for
+
+
 class Point(abc.ABC):
     """Products with H and J at the point where it was made.
 
@@ -88,10 +91,10 @@ class Point(abc.ABC):
         outer: bool,
     ) -> tuple[Tensor, Tensor]:
         """What `product` gives, from parts."""
-        problem, nothing = self.problem, torch.empty(0)
+        problem = self.problem
         return (
-            problem.inner.layout.flatten(to_inner) if inner else nothing,
-            problem.outer.layout.flatten(to_outer) if outer else nothing,
+            problem.inner.layout.flatten(to_inner) if inner else NOTHING,
+            problem.outer.layout.flatten(to_outer) if outer else NOTHING,
         )
 
     def hvp(self, v: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from ..errors import CaptureFailed, RecordingWarning, UnknownName
 from ..kernels.language import tf32
 from ..ops import always_fused, foreseen
 from ..problem import (
+    NOTHING,
     BilevelProblem,
     Call,
     WeightedCall,
@@ -283,7 +284,7 @@ class Recording:
         own = {_address(t) for t in problem.inner.tensors + problem.outer.tensors}
         # numbers on the host would be part of a captured graph
         kept = [t.to(v.device) if t.dim() == 0 else t for t in kept]
-        kept = [t.clone() if _address(t) in own else t for t in kept]
+        kept = [t.clone() if _address(t) in own else t.detach() for t in kept]
         self.nbytes = sum(t.numel() * t.element_size() for t in kept)
         return Values(kept)
 
@@ -297,9 +298,10 @@ class Recording:
         run = self._products.get((inner, outer))
         if run is None:
             numbers = [k for k, want in ((1, inner), (2, outer)) if want]
-            run = product(self.module, self.kept, self.order, numbers)
+            module = product(self.module, self.kept, self.order, numbers)
+            run = module.forward  # a module's call costs as much as two operations
             if self.options.compile:
-                run = torch.compile(run, fullgraph=True, dynamic=False)
+                run = torch.compile(module, fullgraph=True, dynamic=False)
             self._products[inner, outer] = run
         return run
 
@@ -308,13 +310,14 @@ class Recording:
     ) -> tuple[Tensor, ...]:
         """H v if ``inner``, J v if ``outer``."""
         wanted = inner, outer
-        run = self.product(inner, outer)
+        run = self._products.get(wanted) or self.product(inner, outer)
+        v = v.detach() if v.requires_grad else v  # values have no graph
+        if not supported(self.options.cuda_graph, v.device):
+            try:
+                return run(v, *values.kept)
+            except RuntimeError as error:
+                raise failed(self.name, error) from error
         with torch.no_grad():
-            if not supported(self.options.cuda_graph, v.device):
-                try:
-                    return run(v, *values.kept)
-                except RuntimeError as error:
-                    raise failed(self.name, error) from error
             if wanted not in self._captured:
                 self._captured[wanted] = CapturedProduct(run, v, values.kept)
             return self._captured[wanted](v, values, values.kept)
@@ -344,23 +347,17 @@ class TracedPoint(Substitute):
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`."""
-        total: list[Tensor] = []
+        total: Sequence[Tensor] = []
         for recording, values, weight in self.parts:
-            found = [
-                part if isinstance(weight, float) and weight == 1 else part * weight
-                for part in recording.apply(values, v, inner, outer)
-            ]
-            total = (
-                found
-                if not total
-                else [a + b for a, b in zip(total, found, strict=True)]
-            )
+            found: Sequence[Tensor] = recording.apply(values, v, inner, outer)
+            if not isinstance(weight, float) or weight != 1:
+                found = [part * weight for part in found]
+            total = list(map(torch.add, total, found)) if total else found
             if outer:
                 self.reached = [
                     a or b for a, b in zip(self.reached, recording.reached, strict=True)
                 ]
-        Hv = total[0] if inner else v.new_empty(0)
-        return Hv, total[-1] if outer else v.new_empty(0)
+        return total[0] if inner else NOTHING, total[-1] if outer else NOTHING
 
     def program(self) -> Program | None:
         """See `Point.program`: where products may be replayed as CUDA graphs."""
