@@ -258,6 +258,23 @@ def test_compiled_by_inductor():
     assert (found - exact).norm() < 1e-4 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    "engine", ["traced", "finite_difference", "forward_over_reverse"]
+)
+def test_the_gradient_of_a_point_that_was_left(engine):
+    """It is evaluated when asked for, and then it is that of the point, or an error."""
+    optimizer, model, _ = network(engine)
+    calls = optimizer._recorder.window.steps()[-1].calls
+    exact = optimizer.problem.linearize(calls).gradient
+    points = [optimizer.products.linearize(optimizer.problem, calls) for _ in range(2)]
+    torch.testing.assert_close(points[0].gradient, exact)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    torch.testing.assert_close(points[0].gradient, exact)
+    with pytest.raises(tb.StalePoint, match="another point"):
+        points[1].gradient  # noqa: B018
+
+
 def test_gauss_newton_needs_outputs():
     y = torch.ones(3, requires_grad=True)
     x = torch.ones(3, requires_grad=True)

@@ -536,6 +536,15 @@ def test_plain_operations_for_small_sizes(case, weighted, reduction):
     assert any(name.startswith("_Loss") for name in names)
 
 
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_logistic"])
+def test_which_operations_many_outputs_of_few_features_are_made_of(name):
+    """A softmax of many outputs costs more than a function in Python; a sigmoid does not."""
+    kind = "indices" if name == "linear_cross_entropy" else "real"
+    x, W, b, t, _ = leaves(arguments(kind, n=9000, d=2))
+    made = type(getattr(ops, name)(x, W, b, t, reduction="sum").grad_fn).__name__
+    assert made.startswith("_Loss") == (kind == "indices")
+
+
 @pytest.mark.parametrize("leaf", [True, False])
 @pytest.mark.parametrize("asked", ["W b", "w", "b", "x", "x w", "W w", "W b w", "b w"])
 def test_any_part_of_a_product_alone_is_that_of_the_whole(asked, leaf, monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import torch_bilevel as tb
 from torch_bilevel._vector import Layout
+from torch_bilevel.problem import gradients
 
 
 def problem(order=(0, 1, 2), seed=0):
@@ -217,3 +218,20 @@ def test_every_generator_is_captured_and_restored(draws, where, monkeypatch):
     assert np.random.randn() == one
     even.restore()
     assert np.random.randn() == two
+
+
+def test_a_hook_that_freezes_a_tensor_shifts_no_gradient():
+    a, b, frozen = (torch.randn(2, requires_grad=True) for _ in range(3))
+    frozen.requires_grad_(False)
+    doubled = 2 * a
+
+    def freeze(_):
+        a.requires_grad_(False)
+        frozen.requires_grad_(True)
+
+    doubled.register_hook(freeze)
+    loss = doubled.sum() + 5 * b.sum()
+    (first, second), (third,) = gradients(loss, None, [frozen, a], [b])
+    assert first is None
+    assert second.tolist() == [2.0, 2.0]
+    assert third.tolist() == [5.0, 5.0]

@@ -1,5 +1,6 @@
 """Programs users write that once gave wrong numbers or left something behind."""
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -229,6 +230,37 @@ def test_an_ambient_autocast_region_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         (inside,) = o.hypergradient()
     assert torch.equal(plain, inside)
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "cg", "soba(adjoint_lr=0.1)"])
+def test_what_a_loss_casts_inside_a_disabled_region_is_not_used_again(estimator):
+    """PyTorch keeps casts until the outermost region ends, here the caller's."""
+    torch.set_default_dtype(torch.float32)
+    found = {}
+    for outside in (True, False):
+        torch.manual_seed(0)
+        model, x = nn.Linear(8, 1), torch.zeros(8, requires_grad=True)
+        X, Y = torch.randn(16, 8), torch.randn(16, 1)
+        inner, outer = SGD(model.parameters(), lr=0.1), SGD([x], lr=0.1)
+        o = tb.BilevelOptimizer(inner, outer, modules=model, estimator=estimator)
+
+        def error(model=model, X=X, Y=Y):
+            with torch.autocast("cpu", torch.bfloat16):
+                return (model(X).float() - Y).pow(2).mean()
+
+        penalty = lambda model=model, x=x: (x.exp() * model.weight[0] ** 2).sum()  # noqa: E731
+        train = o.inner_loss(lambda error=error, penalty=penalty: error() + penalty())
+        valid = o.outer_loss(error)
+        for _ in range(2):
+            for _ in range(2):
+                o.zero_grad()
+                train().backward()
+                o.step()
+            region = torch.autocast("cpu", enabled=False)
+            with contextlib.nullcontext() if outside else region:
+                valid().backward()
+        found[outside] = x.grad
+    assert torch.equal(*found.values())
 
 
 def test_warm_up_inside_paused_does_not_touch_outer_gradients():

@@ -145,7 +145,10 @@ class Stepper:
         gradients: Sequence[Tensor | None],
         states: States,
     ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), parameter by parameter."""
+        """(y_{k+1}, s_{k+1}) from (y_k, G, s_k), each parameter's as it is asked for.
+
+        To be consumed under ``no_grad``.
+        """
         used = list(self.loop.consumed(gradients, record.present(), values))
         del gradients  # each is let go once it is used
         groups = list(groups_of(record.parts))
@@ -153,9 +156,10 @@ class Stepper:
             found = self.loop.hyperparameters.numbers(record.position, groups)
             groups = [{**a, **b} for a, b in zip(groups, found, strict=True)]
         updates = self.updates(record, HyperAdjoint(None, 0, groups))
-        for index, (rule, hyper) in enumerate(updates):
+        for index, ((rule, hyper), value, state) in enumerate(
+            zip(updates, values, states, strict=True)
+        ):
             gradient, used[index] = used[index], None
-            value, state = values[index], states[index]
             if gradient is not None:
                 value, state = rule.step(value, gradient, state, hyper)
             yield value, state

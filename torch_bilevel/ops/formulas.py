@@ -40,6 +40,7 @@ CHUNK = 2**20  # entries of z in a chunk, and of x where it is converted
 DEVICE_CHUNK = 2**28  # where launches cost more than reading twice
 SMALL = 2**23  # n·d·c; below, an autograd function costs more than it saves
 ALONG = 2**20  # the same where one visit to x gives H v too, see `foresee`
+FEW = 2**14  # n·c; above, a softmax by plain operations costs more than the function
 
 Parts = tuple["Tensor | None", ...]
 F = TypeVar("F", bound=Callable[..., Any])

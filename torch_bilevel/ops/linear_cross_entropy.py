@@ -128,8 +128,8 @@ def linear_cross_entropy(
     Raises:
         InvalidLoss: shapes, dtypes or options do not fit.
         KernelUnavailable: the kernel asked for cannot run here.
-        NoThirdDerivative: it is differentiated three times. (Below n·d·c = 2²³ the loss is made of
-            plain operations, which have all derivatives.)
+        NoThirdDerivative: it is differentiated three times. (Small ones, `formulas.SMALL`, are
+            made of plain operations, which have all derivatives.)
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -164,7 +164,7 @@ def linear_cross_entropy(
     valid: Tensor | None = None
     kind = None if soft else SOFTMAX
     kernel = resolve(name, kernel, kind, x, weight)
-    if as_written(x, weight, kernel):
+    if as_written(x, weight, kernel, elementwise=False):
         weighted = example_weights is not None and reduction == "mean" and not soft
         count = (target != ignore_index).sum() if weighted else None
         function = partial(

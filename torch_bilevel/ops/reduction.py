@@ -103,29 +103,31 @@ def real_target(name: str, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return target.to(_precision(x, weight))
 
 
-def too_small(x: Tensor, weight: Tensor, kernel: str) -> bool:
+def too_small(x: Tensor, weight: Tensor, kernel: str, elementwise: bool) -> bool:
     """Whether an autograd function in Python would cost more than it saves.
 
     Not where it costs nothing: in programs that are recorded; nor with a kernel, on a device where
     launches cost more than Python. In compiled code it always would: the compiler fuses plain
     operations itself, and dynamo takes what such a function saves for constants.
     """
+    classes = weight.shape[0]
     small = formulas.ALONG if foreseeing(weight) else formulas.SMALL
     return torch.compiler.is_compiling() or (
         kernel == "torch"
-        and x.numel() * weight.shape[0] <= small
+        and x.numel() * classes <= small
+        and (elementwise or len(x) * classes <= formulas.FEW)
         and not fusing()
         and not torch.is_autocast_enabled(x.device.type)
     )
 
 
-def as_written(x: Tensor, weight: Tensor, kernel: str) -> bool:
+def as_written(x: Tensor, weight: Tensor, kernel: str, elementwise: bool) -> bool:
     """Whether to compute what is too small as ``torch.nn.functional`` does, fastest to first order.
 
     Under function transforms the formulas' own operations are faster: `loss_of` takes them.
     """
     active = cutting() or torch._C._are_functorch_transforms_active()
-    return too_small(x, weight, kernel) and not active
+    return too_small(x, weight, kernel, elementwise) and not active
 
 
 def plain_loss(
@@ -195,7 +197,7 @@ def loss_of(
             share = share / share.sum()
     summed = reduction != "none"
     cut = cutting()  # the model ends at the outputs: its loss is a function of its own
-    if cut or too_small(x, weight, link.kernel):
+    if cut or too_small(x, weight, link.kernel, link.elementwise):
         if cut:
             z = model_output(_outputs(x, weight, bias)).mT
         else:
@@ -236,7 +238,7 @@ def elementwise(
     target = real_target(name, target, x, weight)
     given = example_weights
     kernel = resolve(name, kernel, kind.kind, x, weight)
-    if as_written(x, weight, kernel):
+    if as_written(x, weight, kernel, kind.elementwise):
         function = partial(kind.plain, target=target)
         result = plain_loss(function, x, weight, bias, given, None, reduction)
     else:

@@ -191,13 +191,14 @@ def autocast_state(device_types: Sequence[str]) -> AutocastState:
 @contextlib.contextmanager
 def autocast(state: AutocastState) -> Iterator[None]:
     """A fresh autocast region in the given state, with an empty cache before and after."""
-    if not torch._C._is_any_autocast_enabled() and not any(map(_is_on, state)):  # type: ignore[attr-defined]
-        yield  # everything is as it should be, and nothing is cached
-        return
+    # also where nothing is on: inside a disabled region of the caller's, one that the loss enters
+    # by itself leaves what it cached
     torch.clear_autocast_cache()
+    anything = torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+    anything = anything or any(map(_is_on, state))
     try:
         with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in state:
+            for kind, enabled, dtype in state if anything else ():
                 # dtype is validated even when disabled, and float32 is not accepted.
                 region = (
                     torch.autocast(kind, dtype=dtype)

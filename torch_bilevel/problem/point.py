@@ -119,6 +119,14 @@ class Point(abc.ABC):
             StalePoint: the parameters moved.
         """
         self.problem.num_products += 1
+        self.check()
+
+    def check(self) -> None:
+        """Refuse another point.
+
+        Raises:
+            StalePoint: the parameters moved.
+        """
         if self._now() != self._token:
             raise StalePoint(
                 "This linearisation belongs to another point: the inner or outer parameters "

@@ -121,6 +121,13 @@ class _TorchState:
         self.used += 1
         return self.last
 
+    def stands_at(self, state: Tensor) -> bool:
+        """Whether the generator is known to be in a state: in the one that was read last."""
+        if self.pieces is None or self.last is not state:
+            return False
+        words, normals = self.pieces
+        return (words.tobytes(), normals.tobytes()) == self.mark
+
 
 def _torch_twister() -> tuple[memoryview, memoryview] | None:
     """What a draw from torch's CPU generator changes, in place; None if not laid out as known.
@@ -203,7 +210,7 @@ class Randomness:
 
     def restore(self) -> None:
         """Put every generator back into this state."""
-        if _torch.read() is not self.cpu:
+        if not _torch.stands_at(self.cpu):
             torch.set_rng_state(self.cpu.clone())  # torch crashes on a row of a slab
         for device, state in self.devices:
             torch.get_device_module(device).set_rng_state(state, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import chain, compress
 from operator import attrgetter, methodcaller
 from types import NoneType
 from typing import Any
@@ -92,17 +93,14 @@ def gradients(
 
     Frozen tensors (``requires_grad=False``) are never reached.
     """
-    wanted = [
-        tensor
+    # now, for hooks that run in the pass may change it
+    live = [
+        [tensor is not None and tensor.requires_grad for tensor in group]
         for group in groups
-        for tensor in group
-        if tensor is not None and tensor.requires_grad
     ]
+    wanted: list[Any] = list(chain.from_iterable(map(compress, groups, live)))
     found = iter(_backward(output, weight, wanted, **options) if wanted else ())
-    return [
-        [next(found) if t is not None and t.requires_grad else None for t in group]
-        for group in groups
-    ]
+    return [[next(found) if there else None for there in group] for group in live]
 
 
 def _backward(

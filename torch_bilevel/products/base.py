@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence, Set
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -146,6 +147,13 @@ class Substitute(Point):
         if self._exact is None:
             self._exact = self.problem.linearize(self.calls)
         return self._exact
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """See `Point.gradient`; evaluated when it is asked for, which few estimators do."""
+        self.check()
+        parts = self.problem.inner_gradients(self.calls, once=True)
+        return self.problem.inner.layout.flatten(parts)
 
     def transpose(self, u: Tensor) -> Tensor:
         """See `Point.transpose`."""

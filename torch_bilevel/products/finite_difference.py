@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -93,12 +92,6 @@ class DifferencedPoint(Substitute):
             units = [torch.finfo(d).eps for d in precisions(problem, calls)]
             step = max(units) ** (1 / 3)
         self.size = step * (1 + torch.linalg.vector_norm(self.y))
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        """See `Point.gradient`."""
-        parts = self.problem.inner_gradients(self.calls, once=True)
-        return self.problem.inner.layout.flatten(parts)
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`."""

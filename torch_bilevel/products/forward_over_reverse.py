@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -81,13 +80,6 @@ class ForwardOverReverse(Products):
 
 class TangentPoint(Substitute):
     """Products as tangents of gradients."""
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        """See `Point.gradient`."""
-        return self.problem.inner.layout.flatten(
-            self.problem.inner_gradients(self.calls)
-        )
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`.

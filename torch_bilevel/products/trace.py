@@ -1,6 +1,6 @@
 """A program of tensor operations, recorded once: cleaned, and split by what depends on v.
 
-    prefix(inputs)          -> loss, ∇_y g, and every value the product needs of the point
+    prefix(inputs)          -> loss, and every value the product needs of the point
     product(values, v)      -> H v, J v
 
 The prefix runs once per point, the product once per v. Both are plain graphs: no autograd, hence no

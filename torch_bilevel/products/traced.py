@@ -310,7 +310,7 @@ class Recording:
     ) -> tuple[Tensor, ...]:
         """H v if ``inner``, J v if ``outer``."""
         wanted = inner, outer
-        run = self._products.get(wanted) or self.product(inner, outer)
+        run = self.product(inner, outer)
         v = v.detach() if v.requires_grad else v  # values have no graph
         if not supported(self.options.cuda_graph, v.device):
             try:
@@ -339,11 +339,6 @@ class TracedPoint(Substitute):
     ):
         super().__init__(problem, calls)
         self.parts = parts
-
-    @property
-    def gradient(self) -> Tensor:
-        """See `Point.gradient`; by double backward, for few estimators ask for it."""
-        return self.exact.gradient
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
         """See `Point.product`."""
