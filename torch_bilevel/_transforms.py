@@ -12,5 +12,4 @@ def transformed() -> bool:
 
 def may_look() -> bool:
     """Whether Python may branch on the value of a tensor."""
-    compiling = torch.compiler.is_compiling()
-    return not (compiling or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or transformed())

@@ -149,17 +149,15 @@ class Stepper:
 
         To be consumed under ``no_grad``.
         """
-        used = list(self.loop.consumed(gradients, record.present(), values))
+        used = self.loop.consumed(gradients, record.present(), values)
         del gradients  # each is let go once it is used
         groups = list(groups_of(record.parts))
         if self.moved and self.loop.hyperparameters is not None:
             found = self.loop.hyperparameters.numbers(record.position, groups)
             groups = [{**a, **b} for a, b in zip(groups, found, strict=True)]
         updates = self.updates(record, HyperAdjoint(None, 0, groups))
-        for index, ((rule, hyper), value, state) in enumerate(
-            zip(updates, values, states, strict=True)
-        ):
-            gradient, used[index] = used[index], None
+        for (rule, hyper), value, state in zip(updates, values, states, strict=True):
+            gradient = used.pop(0)
             if gradient is not None:
                 value, state = rule.step(value, gradient, state, hyper)
             yield value, state
@@ -199,11 +197,15 @@ class Stepper:
             moved = layout.flatten(moved) + eps * g.abs()
         with torch.no_grad():
             exact, other = (
-                layout.flatten([value for value, _ in self.apply(record, *taken)])
-                for taken in (
-                    (point.values, layout.split(g), point.states),
-                    (point.values, layout.split(moved), point.states),
+                layout.flatten(
+                    [
+                        value
+                        for value, _ in self.apply(
+                            record, point.values, layout.split(vector), point.states
+                        )
+                    ]
                 )
+                for vector in (g, moved)
             )
             off, rounding = (
                 torch.stack([torch.linalg.vector_norm(part) for part in parts])

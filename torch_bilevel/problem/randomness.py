@@ -107,8 +107,7 @@ class _TorchState:
 
     def read(self) -> Tensor:
         if self.pieces is not None:
-            words, normals = self.pieces
-            mark = words.tobytes(), normals.tobytes()
+            mark = list(map(_bytes, self.pieces))
             if mark == self.mark:
                 return self.last
             self.mark = mark
@@ -125,8 +124,7 @@ class _TorchState:
         """Whether the generator is known to be in a state: in the one that was read last."""
         if self.pieces is None or self.last is not state:
             return False
-        words, normals = self.pieces
-        return (words.tobytes(), normals.tobytes()) == self.mark
+        return list(map(_bytes, self.pieces)) == self.mark
 
 
 def _torch_twister() -> tuple[memoryview, memoryview] | None:

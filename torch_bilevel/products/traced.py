@@ -309,7 +309,6 @@ class Recording:
         self, values: Values, v: Tensor, inner: bool, outer: bool
     ) -> tuple[Tensor, ...]:
         """H v if ``inner``, J v if ``outer``."""
-        wanted = inner, outer
         run = self.product(inner, outer)
         v = v.detach() if v.requires_grad else v  # values have no graph
         if not supported(self.options.cuda_graph, v.device):
@@ -317,6 +316,7 @@ class Recording:
                 return run(v, *values.kept)
             except RuntimeError as error:
                 raise failed(self.name, error) from error
+        wanted = inner, outer
         with torch.no_grad():
             if wanted not in self._captured:
                 self._captured[wanted] = CapturedProduct(run, v, values.kept)
