@@ -5,6 +5,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cases
@@ -19,8 +21,8 @@ from torch_bilevel.solvers import REGISTRY as SOLVERS
 
 ROOT = Path(tb.__file__).parent
 FLOOR = {
-    "_version": -1, "errors": -1, "_transforms": -1, "_vector": 0, "_checks": 0, "_registry": 0,
-    "_program": 0, "_blocks": 0,
+    "_version": -1, "errors": -1, "_transforms": -1, "_first_calls": -1,
+    "_vector": 0, "_checks": 0, "_registry": 0, "_program": 0, "_blocks": 0,
     "kernels": 0.5,
     "second_order": 1, "ops": 1,
     "problem": 2, "solvers": 2,
@@ -251,3 +253,29 @@ def test_version_and_all():
     assert tb.__version__ == "0.1.0"
     for name in tb.__all__:
         assert hasattr(tb, name)
+
+
+def test_importing_calls_every_vector_function_once_on_one_thread():
+    """In a process of its own; MKL may get a parallel first call wrong (pytorch#188792)."""
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = set()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        x = args[0] if args else None
+        if isinstance(x, torch.Tensor) and x.is_cpu and x.numel() < 2048:
+            self.calls.add((func._schema.name, x.dtype))  # more would be split
+        return func(*args, **(kwargs or {}))
+
+with torch.device("meta"), Seen() as seen:  # whatever the default device is
+    import torch_bilevel
+names = "acos asin atan cos erf erfc erfinv exp log log2 log10 sin sqrt tan tanh trunc"
+for name in names.split():
+    for dtype in (torch.float32, torch.float64):
+        assert (f"aten::{name}", dtype) in seen.calls, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

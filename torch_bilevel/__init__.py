@@ -15,6 +15,7 @@ Unrolled(window=5, checkpoint_every=None, iterate_bytes=None, offload=None, keep
 "stochastic_neumann(memory='storm')"
 """
 
+from . import _first_calls as _first_calls
 from . import errors as errors
 from . import estimators as _estimators
 from . import func as func
