@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-aten = torch.ops.aten
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
-_SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
+from .simplify import call_directly, clean, drop_unused, merge
 
 
 def record(
@@ -41,7 +39,7 @@ def record(
         *inputs, *(t.detach() for t in others)
     )
     more = _lift(pure)  # constants that were made while recording
-    _clean(pure.graph)
+    clean(pure.graph)
     pure.recompile()
     return pure, [*others, *more]
 
@@ -62,74 +60,6 @@ def _lift(module: GraphModule) -> list[Tensor]:
         graph.erase_node(node)
     module.recompile()
     return [tensor for _, tensor in found.values()]
-
-
-def _clean(graph: Graph) -> None:
-    """Drop identities, transposes of transposes, repeated and unused operations."""
-    seen: dict[Any, Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        node.target = _DRAWN.get(node.target, node.target)
-        args = node.args
-        if node.target in _SAME or _reshapes_nothing(node):
-            node.replace_all_uses_with(args[0])
-        elif node.target is aten.t.default and args[0].target is aten.t.default:  # type: ignore[union-attr]
-            node.replace_all_uses_with(args[0].args[0])  # type: ignore[union-attr]
-        elif not _random(node):
-            key = node.target, _key(args), _key(node.kwargs)
-            known = seen.setdefault(key, node)
-            if known is not node:
-                node.replace_all_uses_with(known)
-    _drop_unused(graph)
-
-
-def _reshapes_nothing(node: Node) -> bool:
-    """A view of the shape that its input has."""
-    if node.target not in _VIEWS or not isinstance(node.args[0], Node):
-        return False
-    before, after = (n.meta.get("val") for n in (node.args[0], node))
-    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-        return False
-    return before.shape == after.shape and before.dtype == after.dtype
-
-
-class _Drawn:
-    """A tensor like the first argument, filled in its own memory layout as an in-place call would.
-
-    The pure form of such an operation fills a contiguous tensor: other numbers for other elements.
-    """
-
-    tags = (torch.Tag.nondeterministic_seeded,)
-
-    def __init__(self, fill: Callable[..., Any]):
-        self.fill = fill
-        self.__name__ = f"drawn_{fill.__name__}"
-        self.__module__ = __name__
-
-    def __call__(self, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.fill(torch.empty_like(like), *args, **kwargs)
-
-
-_DRAWN = {
-    aten.bernoulli.p: _Drawn(Tensor.bernoulli_),
-    aten.uniform.default: _Drawn(Tensor.uniform_),
-    aten.normal_functional.default: _Drawn(Tensor.normal_),
-    aten.exponential.default: _Drawn(Tensor.exponential_),
-}
-
-
-def _random(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_key(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, _key(item)) for name, item in value.items())
-    return (type(value), value) if isinstance(value, (int, float, bool)) else value
 
 
 def split(
@@ -171,15 +101,10 @@ def split(
     kept = list(needed)
     returned = [output.args[0][index] for index in results]
     prefix.output(tuple(copies[node] for node in [*returned, *kept]))
-    _drop_unused(prefix)
+    drop_unused(prefix)
+    call_directly(prefix)
     order = [node for node in graph.nodes if node in moving]
     return GraphModule(module, prefix), kept, order
-
-
-def _drop_unused(graph: Graph) -> None:
-    for node in reversed(list(graph.nodes)):  # what draws stays: others draw after it
-        if node.op == "call_function" and not node.users and not _random(node):
-            graph.erase_node(node)
 
 
 def product(
@@ -191,11 +116,15 @@ def product(
     """The graph of some outputs as a function of v and the kept values of the point."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     graph = Graph()
-    copies: dict[Node, Node] = {order[0]: graph.placeholder("v")}
-    for number, node in enumerate(kept):
-        copies[node] = graph.placeholder(f"value_{number}")
+    copies: dict[Node, Node] = {}
+    names = ("v", *(f"value_{number}" for number in range(len(kept))))
+    for name, node in zip(names, (order[0], *kept), strict=True):
+        copies[node] = graph.placeholder(name)
+        copies[node].meta.update(node.meta)
     for node in order[1:]:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[output.args[0][index]] for index in results))
-    _drop_unused(graph)
+    drop_unused(graph)
+    merge(graph)
+    call_directly(graph)
     return GraphModule(module, graph)
