@@ -35,6 +35,45 @@ def test_backward_is_the_hypergradient_bit_for_bit(estimator):
     assert all(torch.equal(x.grad, b) for x, b in zip(problem.x, written, strict=True))
 
 
+EVERY = {*ESTIMATORS, "unrolled(keep_graph=True)", "cg(hessian_calls=3)"}
+
+
+@pytest.mark.parametrize(
+    "estimator", sorted(EVERY - cases.RANDOM - cases.NEEDS_OUTPUTS)
+)
+def test_nor_does_it_matter_where_gradients_are_accumulated(estimator):
+    """A backward runs under no_grad: sums of several calls' graphs must not lose them."""
+
+    def found(how):
+        torch.manual_seed(0)
+        problem = HyperRepresentation()
+        optimizer = problem.optimizer(estimator=estimator)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in (0.75, 0.25):
+                (part * problem.train()).backward()
+            optimizer.step()
+        how(problem, optimizer)
+        return problem.H.grad
+
+    def under_no_grad(problem, optimizer):
+        with torch.no_grad():
+            optimizer.hypergradient()
+
+    known = found(lambda problem, optimizer: optimizer.hypergradient())
+    assert torch.equal(found(lambda problem, _: problem.valid().backward()), known)
+    assert torch.equal(found(under_no_grad), known)
+    torch.testing.assert_close(known, once(estimator), rtol=1e-6, atol=1e-9)
+
+
+def once(estimator):
+    """The same with one call a step."""
+    torch.manual_seed(0)
+    problem, optimizer = ready(estimator)
+    optimizer.hypergradient()
+    return problem.H.grad
+
+
 @pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
 def test_weights_direct_terms_and_sums(estimator):
     problem, optimizer = ready(estimator)

@@ -292,6 +292,34 @@ def test_it_is_not_kept_alive_by_what_it_watches():
     t.inner.step()
 
 
+@pytest.mark.parametrize("end", ["outer_step", "restart"])
+def test_kept_graphs_are_freed_with_their_window(end):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, t = torch.zeros(8, requires_grad=True), torch.randn(8, 4)
+    optimizer = tb.BilevelOptimizer(
+        SGD(net.parameters(), lr=0.1),
+        SGD([x], lr=0.1),
+        estimator="unrolled(keep_graph=True)",
+    )
+    train = optimizer.inner_loss(lambda: (x.exp() * net(t).square().sum(1)).mean())
+    optimizer.outer_loss(lambda: net(t).square().mean())
+
+    def window():
+        for _ in range(3):
+            optimizer.zero_grad()
+            train().backward()
+            optimizer.step()
+        kept = [c.kept for step in optimizer._recorder.window for c, _ in step.calls]
+        getattr(optimizer, end)()
+        return [weakref.ref(part) for k in kept for part in k.parts]
+
+    parts = [part for _ in range(2) for part in window()]
+    gc.collect()
+    assert parts
+    assert not any(part() is not None for part in parts)
+
+
 def test_wrapping_again_takes_over():
     """A notebook cell that is run twice."""
     t = Toy("cg", inner_steps=2)

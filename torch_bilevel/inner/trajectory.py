@@ -170,7 +170,7 @@ class Window:
         if self.iterates:
             for call, _ in record.calls:
                 if call.kept is not None:
-                    call.kept.values = record.values()
+                    call.kept.saved.values = record.values()
             self._drop_unreachable()
             if record.has_iterate and (self.auto or self.iterate_bytes):
                 self._thin(record)
@@ -259,7 +259,7 @@ class Window:
             for storage in (tensor.untyped_storage(),)
         }
         graphs = sum(
-            call.kept.nbytes
+            call.kept.saved.nbytes
             for record in self.records
             for call, _ in record.calls
             if call.kept is not None

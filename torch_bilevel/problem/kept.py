@@ -28,39 +28,29 @@ if TYPE_CHECKING:
 _Place = tuple[int, torch.Size, tuple[int, ...], int]  # which parameter, and which part
 
 
-class KeptGraph:
-    """The graphs of one call of an inner loss.
+class Saved:
+    """What the graphs of one call saved; it knows nothing of the graphs, which hold it.
+
+    A reference to them from here would be a cycle through C++, which is never collected.
 
     Args:
         problem: the problem at the time of the call.
 
     Attributes:
         values: the recorded iterate, once the optimizer has stepped; None while it is live.
-        parts: ∇_y of the loss with graph, per inner parameter, times ``weight``.
-        weight: what the loss was back-propagated with.
-        nbytes: bytes of what the graphs saved.
+        nbytes: bytes of what is not the iterate's.
     """
 
     def __init__(self, problem: BilevelProblem):
-        self.problem = problem
         self.values: Sequence[Tensor] | None = None
-        self.parts: list[Tensor | None] = []
-        self.weight: Tensor | None = None
         self.nbytes = 0
+        self._live = problem.inner.tensors
         self._where, self._cloned = problem.places()
         self._seen: set[int] = set()
 
     def hooks(self) -> saved_tensors_hooks:
         """Saving inside this context survives the optimizer's step."""
         return saved_tensors_hooks(self._pack, self._unpack)
-
-    def weighted(self, weight: Tensor | float) -> list[Tensor | None]:
-        """∇_y of the loss times a weight, with graph."""
-        own = self.weight
-        assert own is not None  # the loss was back-propagated
-        if isinstance(weight, float) and weight == own.item():
-            return self.parts
-        return [None if part is None else part * (weight / own) for part in self.parts]
 
     def _pack(self, tensor: Tensor) -> Any:
         address = tensor.untyped_storage().data_ptr()
@@ -88,11 +78,38 @@ class KeptGraph:
                 )
             return tensor
         index, size, stride, offset = packed
-        live = self.problem.inner.tensors[index]
+        live = self._live[index]
         if self.values is None:
             return live.detach().as_strided(size, stride, offset)
         value = self.values[index].to(live.device)
         return value.as_strided(size, stride, value.storage_offset() + offset)
+
+
+class KeptGraph:
+    """The graphs of one call of an inner loss.
+
+    Args:
+        problem: the problem at the time of the call.
+
+    Attributes:
+        saved: what the graphs saved.
+        parts: ∇_y of the loss with graph, per inner parameter, times ``weight``.
+        weight: what the loss was back-propagated with.
+    """
+
+    def __init__(self, problem: BilevelProblem):
+        self.problem = problem
+        self.saved = Saved(problem)
+        self.parts: list[Tensor | None] = []
+        self.weight: Tensor | None = None
+
+    def weighted(self, weight: Tensor | float) -> list[Tensor | None]:
+        """∇_y of the loss times a weight, with graph."""
+        own = self.weight
+        assert own is not None  # the loss was back-propagated
+        if isinstance(weight, float) and weight == own.item():
+            return self.parts
+        return [None if part is None else part * (weight / own) for part in self.parts]
 
 
 class KeptLoss(torch.autograd.Function):
@@ -105,7 +122,7 @@ class KeptLoss(torch.autograd.Function):
         """Evaluate the user's loss with its graph."""
         problem = kept.problem
         region = second_order(problem.modules.recurrent, problem.modules.weight_norm)
-        with torch.enable_grad(), region, kept.hooks():
+        with torch.enable_grad(), region, kept.saved.hooks():
             ctx.loss = evaluate()
         ctx.kept = kept
         return ctx.loss.detach().clone()
@@ -115,7 +132,7 @@ class KeptLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """∇_y g times the incoming weight; its graph stays with the call."""
         kept = ctx.kept
-        with torch.enable_grad(), kept.hooks():
+        with torch.enable_grad(), kept.saved.hooks():
             (kept.parts,) = gradients(
                 ctx.loss, grads[0], kept.problem.inner.tensors, create_graph=True
             )

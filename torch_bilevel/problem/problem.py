@@ -248,12 +248,12 @@ class BilevelProblem:
                     )
                     if create_graph:
                         self.look_through(call, parts, [loss])
+                total = added(total, parts)  # here, for outside there may be no_grad
             if all(part is None for part in parts[: len(self.inner.tensors)]):
                 raise Disconnected(
                     f"The inner loss {call.name!r} does not depend on any inner parameter "
                     f"({_few(self.inner)})."
                 )
-            total = added(total, parts)
         return total
 
     def linearize(
@@ -284,7 +284,8 @@ class BilevelProblem:
             call.check_unchanged()
             if call.kept is None or call.kept.weight is None:
                 return None
-            total = added(total, call.kept.weighted(weight))
+            with torch.enable_grad():  # this may run inside a backward
+                total = added(total, call.kept.weighted(weight))
         return Linearization(self, total, reusable=True)
 
     def places(self) -> tuple[dict[int, int], set[int]]:
