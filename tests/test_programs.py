@@ -215,6 +215,92 @@ def test_a_layer_frozen_within_the_window():
     assert not z.requires_grad
 
 
+TRAINED = {
+    "one is frozen": lambda k: (k < 2, True),
+    "in turns": lambda k: (k % 2 == 0, k % 2 == 1),
+    "thawed": lambda k: (k > 1, True),
+}
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "unrolled",
+        "unrolled(checkpoint_every=2)",
+        "unrolled(keep_graph=True)",
+        "forward",
+    ],
+)
+def test_parameters_frozen_for_a_while(estimator, trained, to_none):
+    """They are where earlier steps took them: a function of x for later steps and for f."""
+
+    def run(x, estimator=None):
+        torch.manual_seed(0)
+        y, z, c = (torch.randn(3, requires_grad=True) for _ in range(3))
+        inner = SGD([y, z, c], lr=0.1, momentum=0.5, weight_decay=0.1)
+        coupling = lambda: (y * z * c).sum() + (y * z).square().sum() / 4  # noqa: E731
+        g = lambda k: (x.exp() * (y - k) ** 2).sum() / 2 + (z - y).square().sum()  # noqa: E731
+        loss = lambda k: g(k) + coupling() + (c - x).square().sum()  # noqa: E731
+        f = lambda: (y - 2).square().sum() + (y * z).sum() + (z * c).sum()  # noqa: E731
+        o = None
+        if estimator:
+            o = tb.BilevelOptimizer(inner, SGD([x], lr=0.1), estimator=estimator)
+            loss, f = o.inner_loss(loss), o.outer_loss(f)
+        for k in range(4):
+            first, second = TRAINED[trained](k)
+            inner.zero_grad(set_to_none=to_none)
+            y.requires_grad_(first)
+            z.requires_grad_(second)
+            loss(0.5 * k).backward()
+            z.requires_grad_(True)  # frozen for one of two terms of a step
+            loss(1.0).backward()
+            inner.step()
+        y.requires_grad_(False)
+        return f()
+
+    x = torch.randn(3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    run(x, estimator).backward()
+    for i in range(3):
+        h = 1e-6 * torch.eye(3)[i]
+        with torch.no_grad():
+            points = (x + h).requires_grad_(), (x - h).requires_grad_()
+        high, low = (float(run(point).detach()) for point in points)
+        assert abs(float(x.grad[i]) - (high - low) / 2e-6) < 1e-7
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "forward", "soba"])
+def test_hooks_that_look_on_see_the_users_gradients_only(estimator):
+    found, seen = [], []
+    for hooked in (False, True):
+        t = Toy(estimator)
+        t.o.outer_loss(t.f)
+        if hooked:
+            t.y.register_hook(lambda g: seen.append(g.clone()))
+            t.y.register_hook(lambda g: None)
+        t.run(t.o.inner_loss(t.g))
+        found.append(t.o.hypergradient()[0])
+    assert torch.equal(*found)
+    assert len(seen) == 3 and len(t.y._backward_hooks) == 2
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "forward", "soba"])
+@pytest.mark.parametrize("hook", [lambda g: g.clamp(-0.1, 0.1), lambda g: 0.5 * g])
+def test_hooks_that_change_gradients_are_refused(estimator, hook):
+    """They would change rows of H v as well."""
+    t = Toy(estimator)
+    t.o.outer_loss(t.f)
+    t.y.register_hook(hook)
+    with pytest.raises(tb.ReplayMismatch, match=r"1 inner parameters have hooks"):
+        t.run(t.o.inner_loss(t.g))
+        t.o.hypergradient()
+    t.y._backward_hooks.clear()
+    t.o.restart()
+    t.o.gradient_transform(tb.clip_grad_value(0.1))
+    t.run(lambda: t.o.inner_losses["g"](1.0))
+
+
 def test_an_ambient_autocast_region_changes_nothing():
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)

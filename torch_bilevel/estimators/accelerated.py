@@ -70,7 +70,13 @@ class Accelerated(Estimator):
             optional=True,
         )
         object.__setattr__(self, "base", parse(self.base))
-        for flag in ("needs_outer_loss", "unrolls", "follows", "partial"):
+        for flag in (
+            "needs_outer_loss",
+            "unrolls",
+            "follows",
+            "frozen_constant",
+            "partial",
+        ):
             object.__setattr__(self, flag, getattr(self.base, flag))
 
     def __str__(self) -> str:

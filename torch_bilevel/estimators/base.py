@@ -13,6 +13,7 @@ never changes the parameters and never keeps state of its own.
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -160,6 +161,7 @@ class Estimator(abc.ABC):
         False  # whether it is of the steps taken, not of their limit
     )
     follows: ClassVar[bool] = False  # whether `follow` is to be called after every step
+    frozen_constant: ClassVar[bool] = True  # what is not trained is no function of x
     partial: ClassVar[bool] = False  # x moves on one sample: many entries receive zero
 
     extrapolates: ClassVar[bool] = False  # whether `query` says where x is to stand
@@ -193,6 +195,13 @@ class Estimator(abc.ABC):
         Raises:
             NoUpdateRule: it needs a rule that is not known.
         """
+
+    def differentiating(
+        self, problem: BilevelProblem
+    ) -> contextlib.AbstractContextManager:
+        """What losses are differentiated under: whether parameters frozen now are constants."""
+        constant = self.frozen_constant
+        return contextlib.nullcontext() if constant else problem.inner.moving()
 
     def check_outer(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Refuse an outer optimizer this estimator cannot work with.

@@ -31,6 +31,7 @@ class FirstOrder(Estimator):
     """
 
     name: ClassVar[str] = "first_order"
+    frozen_constant: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name

@@ -29,6 +29,7 @@ class Following(abc.ABC):
     """What estimators share that carry tangents along with the loop."""
 
     follows: ClassVar[bool] = True
+    frozen_constant: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __str__(self) -> str:

@@ -110,6 +110,7 @@ class ResponseJacobian(Estimator):
 
     name: ClassVar[str] = "pzobo"
     unrolls: ClassVar[bool] = True
+    frozen_constant: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.positive_int("ResponseJacobian", "directions", self.directions)

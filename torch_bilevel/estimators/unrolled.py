@@ -56,6 +56,7 @@ class Unrolled(Estimator):
 
     name: ClassVar[str] = "unrolled"
     unrolls: ClassVar[bool] = True
+    frozen_constant: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.positive_int("Unrolled", "window", self.window, optional=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OpaqueStep
-from ..problem import BilevelProblem, gradients
+from ..problem import BilevelProblem, added, by_frozen, gradients
 from .adjoint import differentiable, leaf, mismatch, step_norms, taken
 from .hyperparameters import HyperAdjoint
 from .loop import Loop
@@ -120,16 +120,10 @@ class Tangents:
             )
         stepper = Stepper(problem, rules, loop, Pool())
         point = stepper.start(record)
-        with problem.inner.swapped() as following:
+        with problem.inner.swapped() as following, problem.inner.moving():
             problem.inner.overwrite(point.values)
-            at = problem.linearize(record.calls, outer=True)
-            rows = [
-                at.tangent(z, e)
-                for z, e in zip(self.values, self.directions, strict=True)
-            ]
-        moved = torch.stack(rows)  # Ġ, a row for each direction
+            raw, moved, reached = self._gradient_and_tangents(problem, record)
         hyper = stepper.hyper(record)
-        raw = [None if g is None else g.detach() for g in at.parts]
         used = loop.consumed(raw, record.present(), point.values)
         dots, transform_reached = _transformed(
             problem, record, point.values, raw, (moved, self.directions), loop
@@ -166,12 +160,43 @@ class Tangents:
             any(there)
             for there in zip(
                 self.reached,
-                at.outer_reached,
+                reached,
                 hyper_reached,
                 transform_reached,
                 strict=True,
             )
         ]
+
+    def _gradient_and_tangents(
+        self, problem: BilevelProblem, record: StepRecord
+    ) -> tuple[list[Tensor | None], Tensor, list[bool]]:
+        """G per parameter, Ġ with a row for each direction, and whether G depends on each x."""
+        raw: list[Tensor | None] = []
+        total = torch.zeros_like(self.values)
+        reached = [False] * len(problem.direct)
+        for frozen, calls in by_frozen(record.calls):
+            at = problem.linearize(calls, outer=True)
+            rows = [
+                at.tangent(z, e)
+                for z, e in zip(self.values, self.directions, strict=True)
+            ]
+            held = [id(tensor) in frozen for tensor in problem.inner.tensors]
+            moved = torch.stack(rows)
+            for there, part in zip(
+                held, moved.split(problem.inner.layout.sizes, dim=1), strict=True
+            ):
+                if there:
+                    part.zero_()
+            total += moved
+            raw = added(
+                raw,
+                [
+                    None if there or g is None else g.detach()
+                    for there, g in zip(held, at.parts, strict=True)
+                ],
+            )
+            reached = [a or b for a, b in zip(reached, at.outer_reached, strict=True)]
+        return raw, total, reached
 
 
 def push_forward(

@@ -60,11 +60,14 @@ def run(
     problem = situation.problem
     began, products = time.perf_counter(), problem.num_products
     try:
-        outer = (
-            problem.outer_gradients(calls, values) if calls else problem.no_outer_loss()
-        )
-        situation.outer_calls = calls
-        estimate = estimator.estimate(situation, outer)
+        with estimator.differentiating(problem):
+            outer = (
+                problem.outer_gradients(calls, values)
+                if calls
+                else problem.no_outer_loss()
+            )
+            situation.outer_calls = calls
+            estimate = estimator.estimate(situation, outer)
     except RuntimeError as error:
         raise_if_no_second_derivative(error)
         raise

@@ -5,6 +5,7 @@ from .calls import Call as Call
 from .calls import WeightedCall as WeightedCall
 from .calls import autocast as autocast
 from .calls import autocast_state as autocast_state
+from .calls import by_frozen as by_frozen
 from .calls import record as record
 from .calls import residual as residual
 from .calls import scalar as scalar

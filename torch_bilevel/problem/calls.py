@@ -269,3 +269,13 @@ def with_loss(result: Any, loss: Tensor) -> Any:
             setattr(result, name, value.detach())
     result.loss = loss
     return result
+
+
+def by_frozen(
+    calls: Sequence[WeightedCall],
+) -> list[tuple[Set[int], list[WeightedCall]]]:
+    """Calls together that had the same parameters frozen, which were constants to them."""
+    found: dict[frozenset[int], list[WeightedCall]] = {}
+    for call, weight in calls:
+        found.setdefault(frozenset(call.frozen), []).append((call, weight))
+    return list(found.items())

@@ -145,7 +145,8 @@ class BilevelProblem:
                 )
             stack.enter_context(torch.enable_grad())
             wanted = [(tensor, True) for tensor in self.constants]
-            wanted += [(t, id(t) not in call.frozen) for t in self.inner.tensors]
+            constant = () if self.inner.all_move else call.frozen
+            wanted += [(t, id(t) not in constant) for t in self.inner.tensors]
             for tensor, flag in wanted:
                 if tensor.requires_grad != flag:
                     stack.callback(tensor.requires_grad_, not flag)
@@ -248,6 +249,14 @@ class BilevelProblem:
                     )
                     if create_graph:
                         self.look_through(call, parts, [loss])
+                if call.frozen and not (
+                    create_graph and outer
+                ):  # no step consumes these
+                    held = [id(tensor) in call.frozen for tensor in self.inner.tensors]
+                    parts[: len(held)] = [
+                        None if there else part
+                        for part, there in zip(parts, held, strict=False)
+                    ]
                 total = added(total, parts)  # here, for outside there may be no_grad
             if all(part is None for part in parts[: len(self.inner.tensors)]):
                 raise Disconnected(
@@ -282,7 +291,7 @@ class BilevelProblem:
         total: list[Tensor | None] = [None] * len(self.inner.tensors)
         for call, weight in calls:
             call.check_unchanged()
-            if call.kept is None or call.kept.weight is None:
+            if call.kept is None or call.kept.weight is None or call.frozen:
                 return None
             with torch.enable_grad():  # this may run inside a backward
                 total = added(total, call.kept.weighted(weight))

@@ -22,6 +22,8 @@ from .._vector import Layout
 
 _version = attrgetter("_version")
 _place = methodcaller("data_ptr")
+_hooks = attrgetter("_backward_hooks")
+_NOTHING = contextlib.nullcontext()
 
 
 class Variables:
@@ -44,6 +46,7 @@ class Variables:
         self.ids = {id(tensor) for tensor in tensors}
         self.depth = 0  # how many swaps are open
         self.point = 0  # counts overwrites, so that a linearisation can tell
+        self.all_move = False  # see `moving`
 
     def __contains__(self, tensor: object) -> bool:
         return id(tensor) in self.ids
@@ -76,6 +79,24 @@ class Variables:
             self.depth -= 1
             self.point = point
 
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Frozen parameters are no constants meanwhile.
+
+        Steps leave them where earlier ones took them, which depends on x: losses are differentiated
+        with respect to them, though no step consumes that gradient.
+        """
+        frozen = [tensor for tensor in self.tensors if not tensor.requires_grad]
+        before, self.all_move = self.all_move, True
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for tensor in frozen:
+                tensor.requires_grad_(False)
+            self.all_move = before
+
     def token(self) -> tuple:
         """What must not change while a linearisation lives."""
         # maps, for a frame costs microseconds where caches are cold: after every product
@@ -91,7 +112,8 @@ def gradients(
 ) -> list[list[Tensor | None]]:
     """``autograd.grad`` in one pass, per group of tensors; None where one is not reached.
 
-    Frozen tensors (``requires_grad=False``) are never reached.
+    Frozen tensors (``requires_grad=False``) are never reached. Hooks of the tensors are left out:
+    the user's are for gradients of the loss, and would run on rows of H v as well.
     """
     # now, for hooks that run in the pass may change it
     live = [
@@ -99,8 +121,23 @@ def gradients(
         for group in groups
     ]
     wanted: list[Any] = list(chain.from_iterable(map(compress, groups, live)))
-    found = iter(_backward(output, weight, wanted, **options) if wanted else ())
+    hooked = list(filter(_hooks, wanted))
+    with _unhooked(hooked) if hooked else _NOTHING:
+        found = iter(_backward(output, weight, wanted, **options) if wanted else ())
     return [[next(found) if there else None for there in group] for group in live]
+
+
+@contextlib.contextmanager
+def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Without what ``register_hook`` registered."""
+    saved = [(t._backward_hooks, dict(t._backward_hooks or {})) for t in tensors]
+    try:
+        for hooks, _ in saved:
+            hooks.clear()  # type: ignore[union-attr]
+        yield
+    finally:
+        for hooks, known in saved:
+            hooks.update(known)  # type: ignore[union-attr]
 
 
 def _backward(

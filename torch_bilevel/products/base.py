@@ -103,16 +103,6 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-9 if bits == 64 else 1e-4 if bits == 32 else 5e-2
 
 
-def by_frozen(
-    calls: Sequence[WeightedCall],
-) -> list[tuple[Set[int], list[WeightedCall]]]:
-    """Calls together that had the same parameters frozen, which were constants to them."""
-    found: dict[frozenset[int], list[WeightedCall]] = {}
-    for call, weight in calls:
-        found.setdefault(frozenset(call.frozen), []).append((call, weight))
-    return list(found.items())
-
-
 def moving(problem: BilevelProblem, v: Tensor, frozen: Set[int]) -> Tensor:
     """The direction v without the parts of parameters that are constants."""
     if not frozen:

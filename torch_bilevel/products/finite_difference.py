@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..problem import BilevelProblem, WeightedCall, added
+from ..problem import BilevelProblem, WeightedCall, added, by_frozen
 from .base import (
     Products,
     Substitute,
-    by_frozen,
     moving,
     precisions,
     refuse_maps,

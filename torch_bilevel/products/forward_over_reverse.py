@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import NoSecondDerivative
-from ..problem import BilevelProblem, WeightedCall, added
+from ..problem import BilevelProblem, WeightedCall, added, by_frozen
 from .base import (
     Products,
     Substitute,
-    by_frozen,
     disagreement,
     moving,
     refuse_maps,
