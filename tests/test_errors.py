@@ -422,6 +422,49 @@ def hyperparameters_of_too_many_groups():
     with_hyperparameters(lambda lam: [{"lr": 0.1}, {"lr": 0.1}])
 
 
+def hyperparameters_that_come_and_go():
+    setup = Setup("unrolled")
+    lam = setup.lam
+    setup.optimizer.inner_hyperparameters(
+        lambda step: {"lr": lam[0].exp() / 9} if step < 2 else {"momentum": 0.5}
+    )
+    setup.problem.steps(setup.optimizer, 2)
+
+
+def hyperparameter_that_is_an_outer_variable():
+    lr = torch.tensor(0.1, requires_grad=True)
+    plain(inner=SGD([leaf(2)], lr=lr), outer=SGD([lr], lr=0.1))
+
+
+def parameters_clamped_after_the_step(estimator="forward", at=1):
+    problem = Ridge()
+    optimizer = problem.optimizer(estimator=estimator)
+    for k in range(3):
+        problem.steps(optimizer)
+        if k == at:
+            with torch.no_grad():
+                problem.w.clamp_(-1e-3, 1e-3)
+    optimizer.outer_step()
+
+
+def parameters_clamped_at_the_end():
+    parameters_clamped_after_the_step(at=2)
+
+
+def a_step_inside_paused(estimator="forward"):
+    problem = Ridge()
+    optimizer = problem.optimizer(estimator=estimator)
+    problem.steps(optimizer)
+    with optimizer.paused():
+        problem.steps(optimizer)
+    problem.steps(optimizer)
+    optimizer.outer_step()
+
+
+def a_step_inside_paused_unrolled():
+    a_step_inside_paused("unrolled")
+
+
 def hyperparameters_that_are_none():
     with_hyperparameters(lambda lam: None)
 
@@ -835,6 +878,20 @@ TABLE = [
         tb.InvalidHyperparameters,
         r"a list of 2.*1 dictionaries",
     ),
+    (
+        hyperparameters_that_come_and_go,
+        tb.InvalidHyperparameters,
+        r"'lr' at earlier steps and not at this one.*same keys",
+    ),
+    (
+        hyperparameter_that_is_an_outer_variable,
+        tb.InvalidHyperparameters,
+        r"'lr' of inner parameter group 0.*inner_hyperparameters",
+    ),
+    (parameters_clamped_after_the_step, tb.ReplayMismatch, r"step 1.*written to"),
+    (parameters_clamped_at_the_end, tb.ReplayMismatch, r"step 2.*written to"),
+    (a_step_inside_paused, tb.ReplayMismatch, r"step 0.*inside paused\(\)"),
+    (a_step_inside_paused_unrolled, tb.ReplayMismatch, r"step 0.*inside paused\(\)"),
     (hyperparameters_that_are_none, tb.InvalidHyperparameters, r"returned None"),
     (hyperparameters_as_a_value, TypeError, r"pass a function"),
     (check_of_forward_mode, tb.BilevelError, r"keeps no steps.*'unrolled'"),

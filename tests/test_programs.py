@@ -270,6 +270,29 @@ def test_parameters_frozen_for_a_while(estimator, trained, to_none):
         assert abs(float(x.grad[i]) - (high - low) / 2e-6) < 1e-7
 
 
+@pytest.mark.parametrize("estimator", ["unrolled", "unrolled(checkpoint_every=2)"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_step_whose_gradients_were_dropped(estimator, at):
+    """After a bad batch: torch skips every parameter, and so does the step's transpose."""
+    found = []
+    for skip in (True, False):
+        t = Toy(estimator)
+        train = t.o.inner_loss(t.g)
+        t.o.outer_loss(t.f)
+        for k in range(3):
+            t.o.zero_grad()
+            if k != at:
+                train(0.1 * k).backward()
+            elif not skip:
+                continue
+            else:
+                train(1.0).backward()
+                t.o.zero_grad()
+            t.o.step()
+        found.append(t.o.hypergradient()[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("estimator", ["cg", "unrolled", "forward", "soba"])
 def test_hooks_that_look_on_see_the_users_gradients_only(estimator):
     found, seen = [], []

@@ -77,6 +77,9 @@ class Following(abc.ABC):
                 f"follows no tangents, so {self} has nothing to go by. Set optimizer.estimator = "
                 f"{str(self)!r} before the steps it is to differentiate."
             )
+        problem, (*_, last) = situation.problem, situation.window
+        values = [tensor.detach() for tensor in problem.inner.tensors]
+        tangents.compare(problem, last.calls, values)
         check_mismatch(tangents.mismatch, tangents.numbers, tangents.bounds)
         along = tangents.values @ outer.inner
         indirect = self.assemble(tangents.directions, along.to(outer.outer))

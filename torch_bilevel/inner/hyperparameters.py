@@ -38,6 +38,7 @@ class Hyperparameters:
             self.takes_position = True
         except (TypeError, ValueError):
             self.takes_position = False
+        self._written: dict[int, set[str]] = {}  # per group, what was set so far
 
     def at(self, position: int, groups: Groups) -> list[dict[str, Any]]:
         """What the function sets, per group.
@@ -91,7 +92,15 @@ class Hyperparameters:
         """Set the present values in the optimizers' groups."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         found = self.numbers(position, groups)
-        for values, group in zip(found, groups, strict=True):
+        for index, (values, group) in enumerate(zip(found, groups, strict=True)):
+            written = self._written.setdefault(index, set())
+            for key in sorted(
+                written - values.keys()
+            ):  # its dependence on x would be lost
+                self._refuse(
+                    f"set {key!r} at earlier steps and not at this one", groups
+                )
+            written.update(values)
             group.update(values)
 
     def _refuse(self, what: str, groups: Groups) -> None:
@@ -99,8 +108,9 @@ class Hyperparameters:
         raise InvalidHyperparameters(
             f"The function {self.name!r} registered with @optimizer.inner_hyperparameters {what}. "
             "Return a dictionary of hyperparameters for every parameter group, or a list of "
-            f"{len(groups)} dictionaries, one for each; values are real numbers or tensors of one "
-            f"element (betas: a pair). The first group has: {options}."
+            f"{len(groups)} dictionaries, one for each, with the same keys at every step; "
+            "values are real numbers or tensors of one element (betas: a pair). The first group "
+            f"has: {options}."
         )
 
 

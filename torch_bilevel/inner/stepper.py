@@ -293,6 +293,8 @@ class Stepper:
             pairs = zip(direct, found, strict=True)
             direct = [b if a is None else a if b is None else a + b for a, b in pairs]
         live = [k for k, gradient in enumerate(used) if gradient is not None]
+        if not live:  # no gradient was there to be consumed
+            return point.values[0].new_zeros(()), direct
         return _mismatch(total(norms), point.values, following, live), direct
 
     def _through_transform(

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from ..errors import OpaqueStep
-from ..problem import BilevelProblem, added, by_frozen, gradients
-from .adjoint import differentiable, leaf, mismatch, step_norms, taken
+from ..problem import BilevelProblem, WeightedCall, added, by_frozen, gradients
+from .adjoint import (
+    differentiable,
+    leaf,
+    mismatch,
+    relative,
+    step_norms,
+    taken,
+    total,
+)
 from .hyperparameters import HyperAdjoint
 from .loop import Loop
 from .pool import Pool
@@ -55,6 +63,8 @@ class Tangents:
         self.numbers: list[int] = []
         self.bounds: list[float] = []
         self.steps = 0
+        # of the last step: where it ended, how long it was, its number
+        self._end: tuple[Sequence[Tensor], Tensor, int] | None = None
 
     def forget_mismatch(self) -> None:
         """The steps so far were checked, or belong to a window that is closed."""
@@ -120,6 +130,7 @@ class Tangents:
             )
         stepper = Stepper(problem, rules, loop, Pool())
         point = stepper.start(record)
+        self.compare(problem, record.calls, point.values)
         with problem.inner.swapped() as following, problem.inner.moving():
             problem.inner.overwrite(point.values)
             raw, moved, reached = self._gradient_and_tangents(problem, record)
@@ -152,9 +163,8 @@ class Tangents:
             )
         eps = max(torch.finfo(value.dtype).eps for value in point.values)
         if norms:
-            self.mismatch.append(mismatch(norms, eps))
-            self.numbers.append(record.index)
-            self.bounds.append(tolerance(problem, record.calls))
+            self._note(record.index, mismatch(norms, eps), problem, record.calls)
+            self._end = following, total(norms)[1], record.index
         self.steps += 1
         self.reached = [
             any(there)
@@ -166,6 +176,39 @@ class Tangents:
                 strict=True,
             )
         ]
+
+    def compare(
+        self,
+        problem: BilevelProblem,
+        calls: Sequence[WeightedCall],
+        values: Sequence[Tensor],
+    ) -> None:
+        """Note how far the parameters are from where the last step left them.
+
+        Args:
+            problem: the problem.
+            calls: of the last step, or the next.
+            values: the parameters now.
+        """
+        if self._end is None:
+            return
+        end, moved, number = self._end
+        norms = [step_norms(v, e, e) for v, e in zip(values, end, strict=True)]
+        off, _, size = total(norms)
+        eps = max(torch.finfo(value.dtype).eps for value in values)
+        error = relative(off, moved.to(off), size, eps)
+        self._note(number, error, problem, calls)
+
+    def _note(
+        self,
+        number: int,
+        error: Tensor,
+        problem: BilevelProblem,
+        calls: Sequence[WeightedCall],
+    ) -> None:
+        self.numbers.append(number)
+        self.mismatch.append(error)
+        self.bounds.append(tolerance(problem, calls))
 
     def _gradient_and_tangents(
         self, problem: BilevelProblem, record: StepRecord

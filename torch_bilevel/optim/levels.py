@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..errors import BilevelError, UnsupportedParameter
+from ..errors import BilevelError, InvalidHyperparameters, UnsupportedParameter
 from ..problem import BilevelProblem, ModuleSet, Variables
 from .delegation import DelegatingOptimizer
 
@@ -24,7 +24,20 @@ def build(
     outer: torch.optim.Optimizer,
     modules: ModuleSet,
 ) -> BilevelProblem:
-    """The problem at the live parameters of the optimizers."""
+    """The problem at the live parameters of the optimizers.
+
+    Raises:
+        InvalidHyperparameters: an inner group holds a tensor that requires grad.
+    """
+    for number, group in enumerate(g for o in inners for g in o.param_groups):
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise InvalidHyperparameters(
+                    f"{key!r} of inner parameter group {number} is a tensor that requires grad. An "
+                    "optimizer reads its number only, so no gradient would reach it. Write "
+                    f"{key}=float(...) and return the tensor from a function registered with "
+                    f"@optimizer.inner_hyperparameters: lambda step: {{{key!r}: x}}."
+                )
 
     def variables(role: str, tensors: list[Tensor]) -> Variables:
         return Variables(role, tensors, names(modules, role, tensors))
