@@ -1,5 +1,6 @@
 """What bad input gets: one table of (call, exception, message); the state is unchanged."""
 
+import copy
 import inspect
 import warnings
 from functools import partial
@@ -451,6 +452,25 @@ def parameters_clamped_at_the_end():
     parameters_clamped_after_the_step(at=2)
 
 
+def momentum_set_to_zero(estimator="unrolled"):
+    setup = Setup(estimator)
+    setup.optimizer.param_groups[0]["momentum"] = 0.9
+    setup.problem.steps(setup.optimizer, 2)
+    for state in setup.optimizer.inners[0].state.values():
+        state["momentum_buffer"].zero_()
+    setup.problem.steps(setup.optimizer, 1)
+    setup.go()
+
+
+def momentum_replaced_in_forward_mode():
+    setup = Setup("forward")
+    setup.optimizer.param_groups[0]["momentum"] = 0.9
+    setup.problem.steps(setup.optimizer, 2)
+    inner = setup.optimizer.inners[0]
+    inner.load_state_dict(copy.deepcopy(inner.state_dict()))
+    setup.problem.steps(setup.optimizer, 1)
+
+
 def a_step_inside_paused(estimator="forward"):
     problem = Ridge()
     optimizer = problem.optimizer(estimator=estimator)
@@ -890,6 +910,8 @@ TABLE = [
     ),
     (parameters_clamped_after_the_step, tb.ReplayMismatch, r"step 1.*written to"),
     (parameters_clamped_at_the_end, tb.ReplayMismatch, r"step 2.*written to"),
+    (momentum_set_to_zero, tb.ReplayMismatch, r"before inner step 3.*restart\(\)"),
+    (momentum_replaced_in_forward_mode, tb.ReplayMismatch, r"before inner step 3"),
     (a_step_inside_paused, tb.ReplayMismatch, r"step 0.*inside paused\(\)"),
     (a_step_inside_paused_unrolled, tb.ReplayMismatch, r"step 0.*inside paused\(\)"),
     (hyperparameters_that_are_none, tb.InvalidHyperparameters, r"returned None"),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NonFinite, OpaqueStep, ReplayMismatch
+from ..errors import NonFinite, ReplayMismatch
 from ..problem import BilevelProblem
 from .adjoint import Adjoint
 from .loop import Loop
@@ -27,7 +27,7 @@ from .pool import Pool
 from .rule import UpdateRule
 from .stepper import Stepper
 from .trajectory import StepRecord
-from .verification import KINK
+from .verification import KINK, refuse_unexplained
 
 
 @dataclass
@@ -124,14 +124,9 @@ def reverse(
 
     Raises:
         OpaqueStep: a step evaluated its closure several times.
+        ReplayMismatch: the state of an optimizer was written to between two steps.
     """
-    for record in steps:
-        if record.opaque:
-            raise OpaqueStep(
-                f"Inner step {record.index} evaluated its closure several times, so it is not "
-                "one application of an update rule and cannot be unrolled. Use an implicit "
-                "estimator such as 'cg', which uses the last evaluation."
-            )
+    refuse_unexplained([*earlier, *steps])
     layout = problem.inner.layout
     result = Reversed(
         adjoint,

@@ -15,7 +15,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import OpaqueStep
 from ..problem import BilevelProblem, gradients
 from .adjoint import mismatch, step_norms
 from .loop import Loop
@@ -24,7 +23,7 @@ from .replay import check_mismatch
 from .rule import UpdateRule
 from .stepper import Point, Stepper
 from .trajectory import StepRecord, tensors_of
-from .verification import tolerance
+from .verification import refuse_unexplained, tolerance
 
 
 class Rerun:
@@ -43,6 +42,7 @@ class Rerun:
 
     Raises:
         OpaqueStep: a step evaluated its closure several times.
+        ReplayMismatch: the state of an optimizer was written to between two steps.
     """
 
     def __init__(
@@ -53,13 +53,7 @@ class Rerun:
         rules: Sequence[UpdateRule],
         loop: Loop,
     ):
-        for record in [*earlier, *steps]:
-            if record.opaque:
-                raise OpaqueStep(
-                    f"Inner step {record.index} evaluated its closure several times, so it is not "
-                    "one application of an update rule and cannot be run again. Use an implicit "
-                    "estimator such as 'cg', which uses the last evaluation."
-                )
+        refuse_unexplained([*earlier, *steps])
         self.problem, self.steps = problem, list(steps)
         self._rules, self._loop, self._pool = rules, loop, Pool()
         self.lost = problem.outer.layout.zeros().sum()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OpaqueStep
 from ..problem import BilevelProblem, WeightedCall, added, by_frozen, gradients
 from .adjoint import (
     differentiable,
@@ -33,7 +32,7 @@ from .pool import Pool
 from .rule import UpdateRule
 from .stepper import Stepper
 from .trajectory import StepRecord
-from .verification import tolerance
+from .verification import refuse_unexplained, tolerance
 
 
 class Tangents:
@@ -121,13 +120,9 @@ class Tangents:
 
         Raises:
             OpaqueStep: the step evaluated its closure several times.
+            ReplayMismatch: the state of an optimizer was written to before it.
         """
-        if record.opaque:
-            raise OpaqueStep(
-                f"Inner step {record.index} evaluated its closure several times, so it is not one "
-                "application of an update rule and has no tangent. Use an implicit estimator "
-                "such as 'cg', which uses the last evaluation."
-            )
+        refuse_unexplained([record], first=self._end is not None)
         stepper = Stepper(problem, rules, loop, Pool())
         point = stepper.start(record)
         self.compare(problem, record.calls, point.values)

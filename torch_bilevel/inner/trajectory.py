@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ class Part:
         values: the parameters before the step; None if not recorded.
         state: the optimizer state before the step, per parameter; None if not recorded.
         gradient: what the step consumed, kept for the step that is verified.
+        live: the optimizer's state until the step is over.
+        versions: of the state's tensors when the step began, until then.
     """
 
     hyper: list[dict[str, Any]]
@@ -46,6 +48,8 @@ class Part:
     values: list[Tensor] | None = None
     state: list[dict[str, Any]] | None = None
     gradient: list[Tensor | None] | None = None
+    live: Mapping[Any, Any] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -58,6 +62,7 @@ class StepRecord:
         index: its number in the window, from 0.
         position: its number since the trajectory began (construction, restart), from 0.
         opaque: the closure ran several times; only implicit estimators can use it.
+        rewritten: somebody wrote to the optimizers' state since the step before.
     """
 
     calls: list[WeightedCall]
@@ -65,6 +70,7 @@ class StepRecord:
     position: int = 0
     parts: dict[int, Part] = field(default_factory=dict)
     opaque: bool = False
+    rewritten: bool = False
 
     @property
     def has_iterate(self) -> bool:
@@ -143,6 +149,7 @@ class Window:
         self.carry = carry
         self.tangents: Tangents | None = None  # of an estimator that follows the loop
         self._check_at = 0  # the count at which memory is looked at again
+        self._left: dict[int, dict[int, int]] = {}  # versions after the last step
 
     def __len__(self) -> int:
         return len(self.records)
@@ -171,6 +178,12 @@ class Window:
             for call, _ in record.calls:
                 if call.kept is not None:
                     call.kept.saved.values = record.values()
+            for number, part in record.parts.items():
+                left = self._left.get(number, part.versions)
+                record.rewritten |= not part.versions.items() <= left.items()
+                if part.live:  # not of a record that was loaded
+                    self._left[number] = versions(part.live)
+                part.live = part.versions = {}
             self._drop_unreachable()
             if record.has_iterate and (self.auto or self.iterate_bytes):
                 self._thin(record)
@@ -280,6 +293,7 @@ class Window:
         while self.records:
             self._release(self.records.popleft())
         self.count = self._check_at = 0
+        self._left = {}
         self.interval = self.first_interval
 
     def _release(self, record: StepRecord) -> None:
@@ -320,6 +334,8 @@ def take_part(
         hyper=hyper,
         groups=[i for i, g in enumerate(optimizer.param_groups) for _ in g["params"]],
         present=[parameter.grad is not None for parameter in parameters],
+        live=optimizer.state,
+        versions=versions(optimizer.state),
     )
     if pool is not None:
         part.values = pool.copy(parameters)
@@ -334,6 +350,12 @@ def take_part(
             for p in parameters
         ]
     return part
+
+
+def versions(states: Mapping[Any, Mapping[str, Any]]) -> dict[int, int]:
+    """The version counters of an optimizer state's tensors, by identity."""
+    tensors = (v for state in states.values() for v in state.values())
+    return {id(v): v._version for v in tensors if isinstance(v, Tensor)}
 
 
 def copy_states(states: Sequence[dict[str, Any]], pool: Pool) -> list[dict[str, Any]]:

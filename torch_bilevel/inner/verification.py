@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFinite, ReplayMismatch, UnregisteredTerm
+from ..errors import NonFinite, OpaqueStep, ReplayMismatch, UnregisteredTerm
 from ..problem import BilevelProblem, WeightedCall
 from .loop import Loop
 from .trajectory import StepRecord
@@ -196,3 +196,30 @@ def compiled_with_dropout(problem: BilevelProblem) -> bool:
 def _rate(module: nn.Module) -> bool:
     rate = getattr(module, "dropout", 0)  # nn.MultiheadAttention, nn.LSTM
     return isinstance(rate, float) and rate > 0
+
+
+def refuse_unexplained(steps: Sequence[StepRecord], first: bool = False) -> None:
+    """Refuse steps that are not one application of an update rule to what the last one left.
+
+    Args:
+        steps: recorded steps, oldest first.
+        first: whether the state before the first of them matters, too.
+
+    Raises:
+        OpaqueStep: a step evaluated its closure several times.
+        ReplayMismatch: the state of an optimizer was written to between two of them.
+    """
+    for number, record in enumerate(steps):
+        if record.opaque:
+            raise OpaqueStep(
+                f"Inner step {record.index} evaluated its closure several times, so it is not "
+                "one application of an update rule and cannot be run again. Use an implicit "
+                "estimator such as 'cg', which uses the last evaluation."
+            )
+        if record.rewritten and (number or first):
+            raise ReplayMismatch(
+                f"The state of an inner optimizer was written to before inner step {record.index} "
+                "of this window (momentum set to zero, load_state_dict, a step inside paused()), "
+                "which no update rule describes. Call optimizer.restart() after it: the "
+                "trajectory begins there. Or use an implicit estimator such as 'cg'."
+            )

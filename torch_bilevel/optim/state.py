@@ -198,6 +198,7 @@ def _save_record(
         "index": record.index,
         "position": record.position,
         "opaque": record.opaque,
+        "rewritten": record.rewritten,
         "calls": [
             [_save_call(optimizer, call, names), _encode(optimizer, weight)]
             for call, weight in record.calls
@@ -257,7 +258,11 @@ def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
             for call, weight in item["calls"]
         ]
         record = StepRecord(
-            calls, item["index"], item["position"], opaque=item["opaque"]
+            calls,
+            item["index"],
+            item["position"],
+            opaque=item["opaque"],
+            rewritten=item["rewritten"],
         )
         for number, part in item["parts"]:
             record.parts[number] = Part(
