@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from problems import Quadratic, flat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import torch_bilevel as tb
+from torch_bilevel.problem.known import KnownFunctions
 
 SGD = torch.optim.SGD
 BOTH = pytest.mark.parametrize(
@@ -399,6 +401,72 @@ def test_it_is_not_kept_alive_by_what_it_watches():
     gc.collect()
     assert reference() is None
     t.inner.step()
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
+def test_losses_registered_for_every_task_are_let_go(estimator):
+    t = Toy(estimator)
+    t.o.outer_loss(t.f)
+    references = []
+    for _ in range(4):
+        data = torch.randn(3)
+        references.append(weakref.ref(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", tb.BilevelWarning)
+
+            @t.o.inner_loss
+            def train(data=data):
+                return t.g() + (data * t.y).sum()
+
+        t.run(train, 2)
+        t.o.outer_step()
+    del train, data
+    gc.collect()
+    assert [r() is not None for r in references] == [False, False, False, True]
+
+
+def test_functions_are_known_by_identity():
+    known = KnownFunctions()
+    assert len not in known
+    for function in (len, print, lambda: 1):
+        known.add(function)
+        assert function in known
+    place = id(function)
+    del function
+    gc.collect()
+    assert len(known) == 2 and place not in map(id, (len, print))
+    slotted = type("Slotted", (), {"__slots__": (), "__call__": lambda self: 1})()
+    known.add(slotted)  # has no weak references
+    assert slotted in known
+
+
+def test_a_checkpoint_that_recomputes_at_moved_parameters():
+    """Under keep_graph it does so for H v, long after the step."""
+
+    def run(estimator):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        x, t = torch.zeros(8, requires_grad=True), torch.randn(8, 4)
+        o = tb.BilevelOptimizer(
+            SGD(net.parameters(), lr=0.5), SGD([x], lr=0.1), estimator=estimator
+        )
+        hidden = lambda z: net[1](net[0](z))  # noqa: E731
+        output = lambda: net[2](checkpoint(hidden, t, use_reentrant=False))  # noqa: E731
+        train = o.inner_loss(lambda: (x.exp() * output().square().sum(1)).mean())
+        o.outer_loss(lambda: (net(t) - 1).square().mean())
+        for _ in range(3):
+            o.zero_grad()
+            train().backward()
+            o.step()
+        (found,) = o.hypergradient(write=False)
+        torch.testing.assert_close(
+            tb.check_hypergradient(o).relative_error, 0.0, rtol=0, atol=1e-6
+        )
+        return found
+
+    assert run("unrolled").isfinite().all()
+    with pytest.raises(tb.ReplayMismatch, match=r"another H v.*use_reentrant=False"):
+        run("unrolled(keep_graph=True)")
 
 
 @pytest.mark.parametrize("end", ["outer_step", "restart"])

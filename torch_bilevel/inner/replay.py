@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..errors import NonFinite, ReplayMismatch
 from ..problem import BilevelProblem
+from ..products import disagreement
 from .adjoint import Adjoint
 from .loop import Loop
 from .pool import Pool
 from .rule import UpdateRule
-from .stepper import Stepper
+from .stepper import Point, Stepper
 from .trajectory import StepRecord
 from .verification import KINK, refuse_unexplained
 
@@ -149,6 +150,7 @@ def reverse(
                 begin -= 1
             for index, point in stepper.backward(records, begin, end):
                 record = records[index]
+                _check_kept(problem, record, point)
                 at = problem.kept(record.calls)
                 if at is None:
                     problem.inner.overwrite(point.values)
@@ -174,3 +176,29 @@ def reverse(
             end = begin
     result.inner = bar.initial()
     return result
+
+
+def _check_kept(problem: BilevelProblem, record: StepRecord, point: Point) -> None:
+    """Compare the graphs kept of a step with a new one, once for every loss.
+
+    Raises:
+        ReplayMismatch: their products differ.
+    """
+    new = [call.function for call, _ in record.calls if call.kept is not None]
+    if all(function in problem.kept_right for function in new):
+        return
+    kept = problem.kept(record.calls)
+    if kept is None:
+        return
+    # asked while the parameters have moved on, as they will have later
+    wrong = disagreement(problem, kept, record.calls, point.values)
+    if wrong is not None:
+        names = ", ".join(repr(call.name) for call, _ in record.calls)
+        raise ReplayMismatch(
+            f"The graph kept of {names} at inner step {record.index} of this window gives {wrong}. "
+            "Something in it is computed in the backward, from parameters that have moved since: "
+            "torch.utils.checkpoint(use_reentrant=False) does that. Leave keep_graph=True out, or "
+            "the checkpoint, which saves no memory here."
+        )
+    for function in new:
+        problem.kept_right.add(function)

@@ -138,7 +138,7 @@ class Recorder:
         self.present, remembered = problem, None
         if not self.paused:
             self._outer_grads = list(map(_grad, problem.outer.tensors))
-            if id(function) not in problem.modules.searched:
+            if function not in problem.modules.searched:
                 problem.modules.discover(function, (args, kwargs))
             keep_buffers = window.iterates or self.verify_next
             remembered = record(function, args, kwargs, problem, keep_buffers)

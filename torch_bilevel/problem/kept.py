@@ -163,9 +163,9 @@ def keep(problem: BilevelProblem, call: Call, evaluate: Callable[[], Any]) -> An
         nonlocal result
         result = evaluate()
         value = scalar(result, call.name)
-        if id(call.function) not in problem.walked:
+        if call.function not in problem.walked:
             _refuse_others(value, problem, call.name)
-            problem.walked.add(id(call.function))
+            problem.walked.add(call.function)
         return value
 
     value = KeptLoss.apply(call.kept, loss, *problem.inner.tensors)

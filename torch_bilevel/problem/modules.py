@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .known import KnownFunctions
+
 Flags = list[tuple[nn.Module, bool]]
 _training = attrgetter("training")
 _PLAIN = (bool, int, float, str)
@@ -32,7 +34,7 @@ class ModuleSet:
 
     def __init__(self, modules: tuple[nn.Module, ...] = ()):
         self.members: dict[int, nn.Module] = {}
-        self.searched: set[int] = set()
+        self.searched = KnownFunctions()
         self._flags: Flags = []
         self._training: list[bool] = []
         for module in modules:
@@ -45,9 +47,9 @@ class ModuleSet:
 
     def discover(self, function: Callable[..., Any], arguments: tuple) -> None:
         """Add the modules that a function's closure, globals, object or arguments name."""
-        if id(function) in self.searched:
+        if function in self.searched:
             return
-        self.searched.add(id(function))
+        self.searched.add(function)
         for module in _reachable(function, arguments):
             self.add(module)
 

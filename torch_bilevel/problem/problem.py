@@ -28,6 +28,7 @@ from .calls import (
     residual,
     scalar,
 )
+from .known import KnownFunctions
 from .linearization import Linearization
 from .modules import ModuleSet
 from .once import raise_if_no_second_derivative, refuse_once_differentiable
@@ -69,10 +70,10 @@ class BilevelProblem:
         self.modules = modules
         self.num_products = 0
         self.recorded: dict[Any, Any] = {}  # what engines keep from point to point
-        self._watched: set[int] = set()
-        # Functions known to be twice differentiable, by id.
-        self.twice: dict[int, Any] = {}
-        self.walked: set[int] = set()  # functions whose graph was looked through
+        self._watched = KnownFunctions()
+        self._twice = KnownFunctions()  # known to be twice differentiable
+        self.walked = KnownFunctions()  # their graphs were looked through
+        self.kept_right = KnownFunctions()  # their kept graphs agree with new ones
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
         # What the user's own inner call sees as constants.
@@ -125,7 +126,7 @@ class BilevelProblem:
             call: the call.
             once: it is differentiated once only, with the kernels the user's own call ran.
         """
-        watch = id(call.function) not in self._watched
+        watch = call.function not in self._watched
         with contextlib.ExitStack() as stack:
             # Registered losses that the function calls are plain functions meanwhile.
             stack.callback(evaluations.pop)
@@ -158,7 +159,7 @@ class BilevelProblem:
             except RuntimeError as error:
                 raise_if_no_second_derivative(error)
                 raise
-        self._watched.add(id(call.function))
+        self._watched.add(call.function)
 
     def _again(self, call: Call) -> Any:
         call.check_unchanged()
@@ -203,10 +204,10 @@ class BilevelProblem:
         leaves: Sequence[Tensor] = (),
     ) -> None:
         """Refuse functions that are differentiable once only; see `once`."""
-        if id(call.function) not in self.twice:
+        if call.function not in self._twice:
             inner = self.inner.ids | {id(leaf) for leaf in leaves}
             refuse_once_differentiable(parts, losses, call.name, inner)
-            self.twice[id(call.function)] = call.function
+            self._twice.add(call.function)
 
     def value(self, call: Call) -> Tensor:
         """The loss of a call at the present point; inside `evaluating`."""

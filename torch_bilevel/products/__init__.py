@@ -8,6 +8,7 @@ from typing import Any
 from .. import _registry
 from .base import Products as Products
 from .base import Substitute as Substitute
+from .base import disagreement as disagreement
 from .double_backward import DoubleBackward as DoubleBackward
 from .finite_difference import CentralDifference as CentralDifference
 from .forward_over_reverse import ForwardOverReverse as ForwardOverReverse

@@ -46,11 +46,21 @@ class Products(abc.ABC):
 
 
 def disagreement(
-    problem: BilevelProblem, point: Point, calls: Sequence[WeightedCall]
+    problem: BilevelProblem,
+    point: Point,
+    calls: Sequence[WeightedCall],
+    values: Sequence[Tensor] | None = None,
 ) -> str | None:
     """What is wrong with a point's products along a random v; None where they are right.
 
     They are compared with double backward, and ⟨u, H v⟩ with ⟨v, H u⟩.
+
+    Args:
+        problem: the problem.
+        point: the point.
+        calls: recorded calls with their weights.
+        values: the parameters there, for a point that keeps its own while they are elsewhere; they
+            are overwritten.
     """
     layout = problem.inner.layout
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +71,10 @@ def disagreement(
     norm = torch.linalg.vector_norm
     bits = {d: torch.finfo(d).bits for d in precisions(problem, calls)}
     allowed = tolerance(min(bits, key=bits.__getitem__))
-    found, known = point.joint(v), problem.linearize(calls).joint(v)
+    found, Hu = point.joint(v), point.hvp(u)
+    if values is not None:
+        problem.inner.overwrite(values)
+    known = problem.linearize(calls).joint(v)
     for name, ours, theirs in zip("HJ", found, known, strict=True):
         error, size = float(norm(ours - theirs)), float(norm(theirs))
         if not error <= allowed * size:
@@ -69,7 +82,7 @@ def disagreement(
                 f"another {name} v than double backward: relative difference "
                 f"{error / max(size, 1e-300):.1e}, allowed {allowed:.0e}"
             )
-    Hv, Hu = found[0], point.hvp(u)
+    Hv = found[0]
     defect = float((torch.dot(u, Hv) - torch.dot(v, Hu)).abs())
     if not defect <= allowed * float(norm(u) * norm(Hv) + norm(v) * norm(Hu)):
         return f"products that are not symmetric: ⟨u, H v⟩ − ⟨v, H u⟩ is {defect:.1e}"
