@@ -1,6 +1,8 @@
 """What bad input gets: one table of (call, exception, message); the state is unchanged."""
 
+import collections
 import copy
+import dataclasses
 import inspect
 import warnings
 from functools import partial
@@ -204,6 +206,67 @@ def batch_changed_in_place_unrolled():
     problem.steps(optimizer)
     problem.batches[0][0].mul_(2)
     optimizer.outer_step()
+
+
+CONTAINERS = [
+    collections.OrderedDict,
+    collections.UserDict,
+    lambda pairs: collections.namedtuple("Batch", [k for k, _ in pairs])(
+        *dict(pairs).values()
+    ),
+    lambda pairs: dataclasses.make_dataclass(
+        "Batch", [k for k, _ in pairs], frozen=True
+    )(**dict(pairs)),
+]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
+def test_a_batch_in_any_container_that_is_written_to(container, estimator):
+    w, x, batch = leaf(3), leaf(1), torch.randn(5, 3)
+    o = tb.BilevelOptimizer(SGD([w], lr=0.1), SGD([x], lr=0.1), estimator=estimator)
+
+    @o.inner_loss
+    def train(data):
+        a = data["a"] if hasattr(data, "keys") else data.a
+        return ((a[0] @ w - 1) ** 2).mean() + x.exp().sum() * (w**2).sum()
+
+    o.outer_loss(lambda: (w - 1).square().sum())
+    for _ in range(2):
+        for _ in range(2):
+            o.zero_grad()
+            train(container([("a", [batch]), ("b", None)])).backward()
+            o.step()
+        o.outer_step()
+    train(container([("a", [batch])])).backward()
+    o.step()
+    batch.mul_(2)
+    with pytest.raises(tb.BatchChanged):
+        o.outer_step()
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
+def test_arrays_are_copied(estimator):
+    found = []
+    for written in (False, True):
+        torch.manual_seed(0)
+        w, x, batch = leaf(3), leaf(1), torch.randn(5, 3).numpy()
+        o = tb.BilevelOptimizer(SGD([w], lr=0.1), SGD([x], lr=0.1), estimator=estimator)
+
+        @o.inner_loss
+        def train(a, w=w, x=x):
+            fit = (torch.from_numpy(a) @ w - 1) ** 2
+            return fit.mean() + x.exp().sum() * (w**2).sum()
+
+        o.outer_loss(lambda w=w: (w - 1).square().sum())
+        for _ in range(3):
+            o.zero_grad()
+            train(batch).backward()
+            o.step()
+        if written:
+            batch *= 2
+        found.append(o.hypergradient()[0])
+    assert torch.equal(*found)
 
 
 def negative_curvature_strict():

@@ -145,8 +145,7 @@ class Recorder:
         self.inside = True
         try:
             if remembered is not None and window.keep_graph:
-                evaluate = partial(function, *args, **kwargs)
-                result = keep(problem, remembered, evaluate)
+                result = keep(problem, remembered)
             else:
                 self._freeze()
                 result = function(*args, **kwargs)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence, Set
+import dataclasses
+from collections.abc import Callable, Iterator, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,7 +150,7 @@ def record(
 def _keep(
     value: Any, name: str, live: set[int], versions: list[tuple[Tensor, int]]
 ) -> Any:
-    """Copy containers, keep tensors by reference and note their versions."""
+    """Copy containers and arrays, keep tensors by reference and note their versions."""
     if isinstance(value, Tensor):
         if id(value) in live:
             return value
@@ -162,21 +164,38 @@ def _keep(
         if not value.is_inference():  # it has no version and cannot change
             versions.append((value, value._version))
         return value
-    kind = type(value)
-    if kind is dict:
-        return {k: _keep(item, name, live, versions) for k, item in value.items()}
-    if kind is list or kind is tuple:
-        return kind([_keep(item, name, live, versions) for item in value])
-    return value
+    if isinstance(value, np.ndarray):
+        return value.copy()  # it has no version that would tell
+    return _rebuilt(value, lambda item: _keep(item, name, live, versions))
 
 
 def fresh_containers(value: Any) -> Any:
     """A copy of nested containers, so that a callee may pop from what it is given."""
+    return _rebuilt(value, fresh_containers)
+
+
+def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A container of the same kind with the function of every item; anything else as it is."""
     kind = type(value)
+    if kind is Tensor:
+        return value
     if kind is dict:
-        return {key: fresh_containers(item) for key, item in value.items()}
+        return {key: function(item) for key, item in value.items()}
     if kind is list or kind is tuple:
-        return kind([fresh_containers(item) for item in value])
+        return kind([function(item) for item in value])
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
+        return value._make(map(function, value))  # type: ignore[attr-defined]
+    if isinstance(
+        value, MutableMapping
+    ):  # OrderedDict, UserDict and what derives from them
+        new = copy.copy(value)
+        new.update({key: function(item) for key, item in value.items()})
+        return new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for item in dataclasses.fields(value):  # frozen ones, too
+            object.__setattr__(new, item.name, function(getattr(value, item.name)))
+        return new
     return value
 
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import BatchChanged, InvalidLoss
 from ..second_order import second_order
-from .calls import Call, scalar, with_loss
+from .calls import Call, fresh_containers, scalar, with_loss
 from .variables import gradients
 
 if TYPE_CHECKING:
@@ -142,13 +142,12 @@ class KeptLoss(torch.autograd.Function):
         return None, None, *found
 
 
-def keep(problem: BilevelProblem, call: Call, evaluate: Callable[[], Any]) -> Any:
+def keep(problem: BilevelProblem, call: Call) -> Any:
     """Evaluate an inner loss for the user, and keep its graphs with the call.
 
     Args:
         problem: the problem at present.
         call: the remembered call; its ``kept`` is set.
-        evaluate: the user's function with its arguments.
 
     Returns:
         What the function returns, its loss replaced by one with the same value and gradient.
@@ -161,7 +160,9 @@ def keep(problem: BilevelProblem, call: Call, evaluate: Callable[[], Any]) -> An
 
     def loss() -> Tensor:
         nonlocal result
-        result = evaluate()
+        # what was remembered: arrays are copies, which nobody writes to
+        args, kwargs = map(fresh_containers, (call.args, call.kwargs))
+        result = call.function(*args, **kwargs)
         value = scalar(result, call.name)
         if call.function not in problem.walked:
             _refuse_others(value, problem, call.name)
