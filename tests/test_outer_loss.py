@@ -35,6 +35,19 @@ def test_backward_is_the_hypergradient_bit_for_bit(estimator):
     assert all(torch.equal(x.grad, b) for x, b in zip(problem.x, written, strict=True))
 
 
+def test_what_a_solver_learns_is_kept_with_the_outer_step():
+    """λ̂_max, which the step size comes from: asked twice, a hypergradient is the same."""
+    torch.manual_seed(0)
+    problem = DataWeights()
+    optimizer = problem.optimizer(estimator="neumann(num_steps=5)")
+    problem.steps(optimizer, 2)
+    first = optimizer.hypergradient(write=False)
+    assert all(map(torch.equal, first, optimizer.hypergradient(write=False)))
+    assert optimizer._memories[("valid_loss",)].solver.eigenvalue is None
+    optimizer.outer_step()
+    assert optimizer._memories[("valid_loss",)].solver.eigenvalue is not None
+
+
 EVERY = {*ESTIMATORS, "unrolled(keep_graph=True)", "cg(hessian_calls=3)"}
 
 

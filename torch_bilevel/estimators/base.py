@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -49,6 +49,18 @@ class EstimatorMemory:
     adjoint: Tensor | None = None
     solver: Memory = field(default_factory=Memory)
     directions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def copy(self) -> EstimatorMemory:
+        """For one estimate: what the solver learns there is kept with it, or not at all."""
+        return replace(self, solver=replace(self.solver))
+
+    def keep(self, found: Estimate) -> None:
+        """What an estimate is to leave behind, once its outer step is taken."""
+        self.directions.update(found.directions)
+        if found.adjoint is not None:
+            self.adjoint = found.adjoint
+        if found.solver is not None:
+            self.solver = found.solver
 
     def start(self, like: Tensor, warm: bool = True) -> Tensor | None:
         """The last adjoint, if it fits ``like`` and a warm start is wanted."""
@@ -116,6 +128,7 @@ class Estimate:
         hessian_steps: inner steps whose Hessian was used (implicit).
         solution: the linear solve (implicit).
         adjoint: v, flat, to start the next solve from.
+        solver: what the linear solver is to remember after the outer step.
         bound: on ‖gradient − ∇Φ‖, where it was asked for, 0-d.
         directions: what direction memories are to remember after the outer step.
         notes: approximations worth telling, one phrase each.
@@ -127,6 +140,7 @@ class Estimate:
     hessian_steps: int = 0
     solution: Solution | None = None
     adjoint: Tensor | None = None
+    solver: Memory | None = None
     bound: Tensor | None = None
     directions: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -274,12 +274,10 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
                 "@optimizer.inner_loss."
             )
         own = estimator is None
-        memory = (
-            self._memories.setdefault(names, EstimatorMemory())
-            if own
-            else EstimatorMemory()
-        )
-        situation = self._situation(memory)
+        memory = EstimatorMemory()
+        if own:
+            memory = self._memories.setdefault(names, memory)
+        situation = self._situation(memory.copy())
         chosen = estimator or self._estimator
         chosen.check(self.inners)
         estimation.check_window(situation, self.outer_steps, self._recorder.leftover)
@@ -348,10 +346,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
     def _after_outer_step(self, *_: Any) -> None:
         """Close the window: adjoints become warm starts, records are dropped."""
         for names, found in self._found.items():
-            memory = self._memories.setdefault(names, EstimatorMemory())
-            memory.directions.update(found.directions)
-            if found.adjoint is not None:
-                memory.adjoint = found.adjoint
+            self._memories.setdefault(names, EstimatorMemory()).keep(found)
         self._found.clear()
         self._constraints.apply(self.outer)
         self._extrapolate()

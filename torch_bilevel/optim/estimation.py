@@ -68,6 +68,7 @@ def run(
             )
             situation.outer_calls = calls
             estimate = estimator.estimate(situation, outer)
+        estimate.solver = situation.memory.solver
     except RuntimeError as error:
         raise_if_no_second_derivative(error)
         raise
