@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from problems import Quadratic, flat
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import torch_bilevel as tb
@@ -467,6 +469,82 @@ def test_a_checkpoint_that_recomputes_at_moved_parameters():
     assert run("unrolled").isfinite().all()
     with pytest.raises(tb.ReplayMismatch, match=r"another H v.*use_reentrant=False"):
         run("unrolled(keep_graph=True)")
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
+@pytest.mark.parametrize("registers", [True, False])
+def test_the_cache_of_parametrizations_is_the_callers(estimator, registers):
+    """Inside `cached()` a weight's graph is shared: it must not be freed with a hypergradient."""
+    found = []
+    for region in (contextlib.nullcontext, parametrize.cached):
+        torch.manual_seed(0)
+        net = weight_norm(nn.Linear(4, 3))
+        x, t = torch.zeros(3, requires_grad=True), torch.randn(8, 4)
+        o = tb.BilevelOptimizer(
+            SGD(net.parameters(), lr=0.1), SGD([x], lr=0.1), estimator=estimator
+        )
+        train = o.inner_loss(lambda net=net, x=x, t=t: (net(t) ** 2 @ x.exp()).mean())
+        valid = o.outer_loss(lambda net=net, t=t: (net(t) - 1).square().mean())
+        for _ in range(2):
+            o.zero_grad()
+            with region():
+                train().backward()
+            o.step()
+        with region():
+            weight = net.weight
+            valid().backward() if registers else o.hypergradient()
+            assert (net.weight is weight) == (region is parametrize.cached)
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "forward"])
+def test_a_gradient_transform_may_work_in_place(estimator):
+    found = []
+    for transform in (
+        lambda gs: [g.mul_(0.5) for g in gs],
+        lambda gs: [g * 0.5 for g in gs],
+    ):
+        t = Toy(estimator)
+        train, _ = t.o.inner_loss(t.g), t.o.outer_loss(t.f)
+        t.o.gradient_transform(transform)
+        for _ in range(3):
+            t.o.zero_grad()
+            train().backward()
+            t.y.grad.mul_(0.5)
+            t.o.step()
+        found.append(t.o.hypergradient()[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda net, t: torch.func.jvp(net, (t,), (t,))[1].square().sum(),
+        lambda net, t: torch.func.grad(lambda z: net(z).square().sum())(t).sum(),
+    ],
+)
+def test_transforms_in_a_loss_whose_graph_is_to_be_kept(loss):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    t = torch.randn(8, 4)
+    x = torch.zeros(1, requires_grad=True)
+    o = tb.BilevelOptimizer(
+        SGD(net.parameters(), lr=0.1),
+        SGD([x], lr=0.1),
+        estimator="unrolled(keep_graph=True)",
+    )
+    train = o.inner_loss(lambda: loss(net, t) * x.exp().sum())
+    with pytest.raises(tb.InvalidLoss, match=r"torch\.func.*leave keep_graph=True out"):
+        train()
+
+
+def test_a_kept_loss_back_propagated_after_a_step():
+    t = Toy("unrolled(keep_graph=True)")
+    train = t.o.inner_loss(lambda: (t.x.exp() * t.y * t.y).sum())
+    stale = train()
+    t.run(train, 1)
+    with pytest.raises(tb.StalePoint, match="without a step in between"):
+        stale.backward()
 
 
 @pytest.mark.parametrize("end", ["outer_step", "restart"])

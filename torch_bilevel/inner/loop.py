@@ -123,7 +123,8 @@ class Loop:
             for g, there, p in zip(gradients, present, like, strict=True)
         ]
         if self.transform is not None:
-            changed = iter(self.transform([g for g in used if g is not None]))
+            # copies, for it may work in place, which leaves refuse
+            changed = iter(self.transform([g.clone() for g in used if g is not None]))
             used = [None if g is None else next(changed) for g in used]
         if self.rates is not None:
             used = [

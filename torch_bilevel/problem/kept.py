@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..errors import BatchChanged, InvalidLoss
+from ..errors import BatchChanged, InvalidLoss, StalePoint
 from ..second_order import second_order
 from .calls import Call, fresh_containers, scalar, with_loss
 from .variables import gradients
@@ -25,7 +25,14 @@ from .variables import gradients
 if TYPE_CHECKING:
     from .problem import BilevelProblem
 
-_Place = tuple[int, torch.Size, tuple[int, ...], int]  # which parameter, and which part
+# which parameter, which part of it, and the version it had
+_Place = tuple[int, torch.Size, tuple[int, ...], int, int]
+
+
+_TRANSFORMED = (
+    "An inner loss uses torch.func (grad, vjp, jvp, hessian, ...), whose graphs cannot be kept: "
+    "leave keep_graph=True out."
+)
 
 
 class Saved:
@@ -53,10 +60,14 @@ class Saved:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        address = tensor.untyped_storage().data_ptr()
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except RuntimeError as error:  # a level of torch.func, which has no memory
+            raise InvalidLoss(_TRANSFORMED) from error
         index = self._where.get(address)
         if index is not None:
-            return index, tensor.size(), tensor.stride(), tensor.storage_offset()
+            place = tensor.size(), tensor.stride(), tensor.storage_offset()
+            return index, *place, self._live[index]._version
         if address in self._cloned:
             tensor = tensor.clone()
             address = tensor.untyped_storage().data_ptr()
@@ -77,9 +88,15 @@ class Saved:
                     "or leave keep_graph=True out."
                 )
             return tensor
-        index, size, stride, offset = packed
+        index, size, stride, offset, version = packed
         live = self._live[index]
         if self.values is None:
+            if live._version != version:
+                raise StalePoint(
+                    "An inner loss is back-propagated after a step has moved the parameters that "
+                    "it was evaluated at. Evaluate it and call backward() without a step in "
+                    "between."
+                )
             return live.detach().as_strided(size, stride, offset)
         value = self.values[index].to(live.device)
         return value.as_strided(size, stride, value.storage_offset() + offset)
@@ -123,7 +140,12 @@ class KeptLoss(torch.autograd.Function):
         problem = kept.problem
         region = second_order(problem.modules.recurrent, problem.modules.weight_norm)
         with torch.enable_grad(), region, kept.saved.hooks():
-            ctx.loss = evaluate()
+            try:
+                ctx.loss = evaluate()
+            except RuntimeError as error:
+                if "saved tensor hooks" in str(error):
+                    raise InvalidLoss(_TRANSFORMED) from error
+                raise
         ctx.kept = kept
         return ctx.loss.detach().clone()
 
@@ -186,7 +208,7 @@ def _refuse_others(loss: Tensor, problem: BilevelProblem, name: str) -> None:
             raise InvalidLoss(
                 f"The inner loss {name!r} depends on a tensor of shape {tuple(leaf.shape)} that "
                 "requires grad and is in neither optimizer. With keep_graph=True its .grad would "
-                "stay empty. Call requires_grad_(False) on it if it is not trained, or leave "
-                "keep_graph=True out."
+                "stay empty. Call requires_grad_(False) on it if it is not trained. If the loss "
+                "makes it, for a penalty on the gradient in its inputs, leave keep_graph=True out."
             )
         todo += [following for following, _ in node.next_functions]

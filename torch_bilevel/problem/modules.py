@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils import parametrize
 
 from .known import KnownFunctions
 
@@ -133,6 +134,9 @@ class ModuleSet:
                         before.append((member, member.training))
                         exchange(member)
 
+        # what parametrizations computed inside the caller's `cached()` has another graph
+        cached = parametrize._cache_enabled, parametrize._cache
+        parametrize._cache_enabled, parametrize._cache = 0, {}
         try:
             for module in list(self.members.values()):
                 exchange(module)
@@ -141,6 +145,7 @@ class ModuleSet:
             with _watching(on_forward) if watch else contextlib.nullcontext():
                 yield
         finally:
+            parametrize._cache_enabled, parametrize._cache = cached
             for module, name, buffer in exchanged:
                 module._buffers[name] = buffer
             for module, training in before:
