@@ -136,13 +136,16 @@ def raise_mismatch(
             "than eager PyTorch, so the step cannot be evaluated again. Compile with "
             'torch.compile(model, options={"fallback_random": True}).'
         )
-    hooked = sum(bool(tensor._backward_hooks) for tensor in problem.inner.tensors)
+    hooked = sum(
+        bool(item._backward_hooks)
+        for item in (*problem.inner.tensors, *problem.modules.members.values())
+    )
     if hooked:
         raise ReplayMismatch(
-            f"{seen} {hooked} inner parameters have hooks (Tensor.register_hook), which are not "
-            "run again: what they do to gradients would be done to products with the Hessian "
-            "too. Remove them and say what they do: optimizer.gradient_transform("
-            "tb.clip_grad_value(limit)), or a function of your own."
+            f"{seen} {hooked} inner parameters or modules have hooks (register_hook, "
+            "register_full_backward_hook), which are not run again: what they do to gradients "
+            "would be done to products with the Hessian too. Remove them and say what they do: "
+            "optimizer.gradient_transform(tb.clip_grad_value(limit)), or a function of your own."
         )
     if cosine > 1 - 1e-6 and norms[0] > 0:
         scaler = (

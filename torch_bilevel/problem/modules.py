@@ -105,7 +105,7 @@ class ModuleSet:
         values: list[tuple[nn.Module, str, Tensor]] | None = None,
         watch: bool = False,
     ) -> Iterator[None]:
-        """Evaluate inside with exchanged buffers; at exit everything is as before.
+        """Evaluate inside with exchanged buffers, no backward hooks; at exit all is as before.
 
         Args:
             flags: training flags to evaluate with; the present ones if None.
@@ -117,8 +117,15 @@ class ModuleSet:
         given = {(id(m), name): value for m, name, value in values or ()}
         exchanged: list[tuple[nn.Module, str, Tensor]] = []
         copies: dict[int, Tensor] = {}
+        hooked: list[tuple[dict, dict]] = []
 
         def exchange(module: nn.Module) -> None:
+            for hooks in (module._backward_hooks, module._backward_pre_hooks):
+                if (
+                    hooks
+                ):  # the user's are for gradients of the loss, not for rows of H v
+                    hooked.append((hooks, dict(hooks)))
+                    hooks.clear()
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     exchanged.append((module, name, buffer))
@@ -146,6 +153,8 @@ class ModuleSet:
                 yield
         finally:
             parametrize._cache_enabled, parametrize._cache = cached
+            for hooks, known in hooked:
+                hooks.update(known)
             for module, name, buffer in exchanged:
                 module._buffers[name] = buffer
             for module, training in before:
