@@ -245,6 +245,52 @@ def test_a_batch_in_any_container_that_is_written_to(container, estimator):
         o.outer_step()
 
 
+class ReadOnly(collections.OrderedDict):
+    """As the outputs of some libraries' models are."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("cannot be updated")
+
+    def __reduce__(self):
+        raise TypeError("cannot be copied")
+
+
+@dataclasses.dataclass
+class Tree:
+    """With a cycle, and a field that is not set yet."""
+
+    a: torch.Tensor
+    parent: "Tree | None" = None
+    late: int = dataclasses.field(init=False)
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
+def test_containers_of_other_classes_are_the_users_own(estimator):
+    w, x = leaf(3), leaf(1)
+    o = tb.BilevelOptimizer(SGD([w], lr=0.1), SGD([x], lr=0.1), estimator=estimator)
+    log, counts = [], collections.Counter(a=2)
+    outputs, tree = ReadOnly(a=torch.randn(5, 3)), Tree(torch.randn(5, 3))
+    tree.parent = tree
+
+    @o.inner_loss
+    def train(outputs, tree, counts, log):
+        log.append(1)
+        fit = ((outputs["a"] + tree.parent.a) @ w - counts["a"]) ** 2
+        return fit.mean() + x.exp().sum() * (w**2).sum()
+
+    o.outer_loss(lambda: (w - 1).square().sum())
+    for _ in range(3):
+        o.zero_grad()
+        train(outputs, tree, counts, log).backward()
+        o.step()
+    assert counts == {"a": 2} and log == [1, 1, 1]
+    if estimator != "cg":
+        assert tb.check_hypergradient(o).relative_error < 1e-6
+    tree.a.mul_(2)
+    with pytest.raises(tb.BatchChanged):
+        o.outer_step()
+
+
 @pytest.mark.parametrize("estimator", ["cg", "unrolled", "unrolled(keep_graph=True)"])
 def test_arrays_are_copied(estimator):
     found = []

@@ -304,7 +304,8 @@ def test_backward_hooks_of_modules(estimator, changes):
                 train().backward()
                 o.step()
             found += o.hypergradient()
-    assert changes or torch.equal(*found)
+    if not changes:
+        torch.testing.assert_close(*found)
     assert len(seen) == 3 or "keep_graph" in estimator  # its graph is the user's
 
 
@@ -329,6 +330,95 @@ def test_a_step_whose_gradients_were_dropped(estimator, at):
             t.o.step()
         found.append(t.o.hypergradient()[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "estimator", ["unrolled", "unrolled(keep_graph=True)", "forward", "pzobo", "cg"]
+)
+def test_what_was_frozen_from_the_start_is_a_constant(estimator):
+    """Its gradient may be sparse, or have no second derivative."""
+    net = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Tanh(), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    x, index = torch.zeros(8, requires_grad=True), torch.arange(8) % 5
+    o = tb.BilevelOptimizer(
+        SGD(net.parameters(), lr=0.1), SGD([x], lr=0.1), estimator=estimator
+    )
+    train = o.inner_loss(lambda: net(index).square().sum(1) @ x.exp())
+    o.outer_loss(lambda: (net(index) - 1).square().mean())
+    evaluations = []
+    net[2].register_forward_hook(lambda *_: evaluations.append(1))
+    for _ in range(2):
+        for _ in range(3):
+            o.zero_grad()
+            train().backward()
+            o.step()
+        evaluations.clear()
+        o.outer_step()
+        assert x.grad.count_nonzero() == 8
+    if "keep_graph" in estimator:  # only the outer loss
+        assert len(evaluations) == 1
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "forward"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_of_a_scaler_is_no_foreign_hand_on_the_state(estimator, fused):
+    torch.manual_seed(0)
+    y, x = torch.randn(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    o = tb.BilevelOptimizer(
+        torch.optim.Adam([y], lr=0.1, fused=fused),
+        SGD([x], lr=0.1),
+        estimator=estimator,
+        grad_scaler=scaler,
+    )
+    train = o.inner_loss(lambda c: c * (x.exp() * (y - 1) ** 2).sum())
+    o.outer_loss(lambda: (y - 2).square().sum())
+    for c in (1.0, 1.0, float("inf"), 1.0):
+        o.zero_grad()
+        scaler.scale(train(c)).backward()
+        scaler.step(o)
+        scaler.update()
+    (found,) = o.hypergradient()
+    assert found.isfinite().all() and o.last_report.steps == 3
+
+
+def test_carried_tangents_end_where_the_window_begins_anew():
+    found = []
+    for estimator in ("forward(carry=True)", "forward"):
+        t = Toy(estimator, warm_start=False)
+        train, _ = t.o.inner_loss(t.g), t.o.outer_loss(t.f)
+        for _ in range(2):
+            t.run(train)
+            t.o.outer_step()
+        found.append(t.x.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "forward"])
+def test_a_refusal_is_over_once_its_cause_is(estimator):
+    """Other weights for a moment: a hypergradient there is refused, and then it is not."""
+    a, b = Toy(estimator), Toy(estimator)
+    for t in (a, b):
+        t.o.outer_loss(t.f)
+        t.run(t.o.inner_loss(t.g))
+    saved = a.y.detach().clone()
+    with torch.no_grad():
+        a.y.zero_()
+    with pytest.raises(tb.ReplayMismatch, match="written to"):
+        a.o.hypergradient()
+    with torch.no_grad():
+        a.y.copy_(saved)
+    assert torch.equal(a.o.hypergradient()[0], b.o.hypergradient()[0])
+
+
+def test_hyperparameters_that_are_numbers_may_come_and_go():
+    t = Toy("unrolled")
+    train, _ = t.o.inner_loss(t.g), t.o.outer_loss(t.f)
+    t.o.inner_hyperparameters(
+        lambda k: {"lr": t.x[0].exp() / 9, **({"momentum": 0.5} if k < 2 else {})}
+    )
+    t.run(train)
+    assert tb.check_hypergradient(t.o).relative_error < 1e-6
 
 
 @pytest.mark.parametrize("estimator", ["cg", "unrolled", "forward", "soba"])
@@ -356,10 +446,6 @@ def test_hooks_that_change_gradients_are_refused(estimator, hook):
     with pytest.raises(tb.ReplayMismatch, match=r"1 inner parameters or modules"):
         t.run(t.o.inner_loss(t.g))
         t.o.hypergradient()
-    t.y._backward_hooks.clear()
-    t.o.restart()
-    t.o.gradient_transform(tb.clip_grad_value(0.1))
-    t.run(lambda: t.o.inner_losses["g"](1.0))
 
 
 def test_an_ambient_autocast_region_changes_nothing():
@@ -470,7 +556,7 @@ def test_functions_are_known_by_identity():
     place = id(function)
     del function
     gc.collect()
-    assert len(known) == 2 and place not in map(id, (len, print))
+    assert place not in known._references
     slotted = type("Slotted", (), {"__slots__": (), "__call__": lambda self: 1})()
     known.add(slotted)  # has no weak references
     assert slotted in known

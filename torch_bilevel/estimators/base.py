@@ -211,11 +211,17 @@ class Estimator(abc.ABC):
         """
 
     def differentiating(
-        self, problem: BilevelProblem
+        self, problem: BilevelProblem, window: Window
     ) -> contextlib.AbstractContextManager:
         """What losses are differentiated under: whether parameters frozen now are constants."""
-        constant = self.frozen_constant
-        return contextlib.nullcontext() if constant else problem.inner.moving()
+        if self.frozen_constant:
+            return contextlib.nullcontext()
+        tangents, tensors = window.tangents, problem.inner.tensors
+        moved = (window if tangents is None else tangents).moved or [False] * len(
+            tensors
+        )
+        begun = [tensor in problem.outer for tensor in tensors]  # initialisations
+        return problem.inner.moving([a or b for a, b in zip(moved, begun, strict=True)])
 
     def check_outer(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Refuse an outer optimizer this estimator cannot work with.

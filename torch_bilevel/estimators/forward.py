@@ -79,8 +79,7 @@ class Following(abc.ABC):
             )
         problem, (*_, last) = situation.problem, situation.window
         values = [tensor.detach() for tensor in problem.inner.tensors]
-        tangents.compare(problem, last.calls, values)
-        check_mismatch(tangents.mismatch, tangents.numbers, tangents.bounds)
+        check_mismatch(*tangents.errors(problem, last.calls, values))
         along = tangents.values @ outer.inner
         indirect = self.assemble(tangents.directions, along.to(outer.outer))
         return Estimate(

@@ -38,7 +38,9 @@ class Hyperparameters:
             self.takes_position = True
         except (TypeError, ValueError):
             self.takes_position = False
-        self._written: dict[int, set[str]] = {}  # per group, what was set so far
+        self._written: dict[
+            int, dict[str, int]
+        ] = {}  # per group, what was set, and when last
 
     def at(self, position: int, groups: Groups) -> list[dict[str, Any]]:
         """What the function sets, per group.
@@ -92,16 +94,27 @@ class Hyperparameters:
         """Set the present values in the optimizers' groups."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         found = self.numbers(position, groups)
-        for index, (values, group) in enumerate(zip(found, groups, strict=True)):
-            written = self._written.setdefault(index, set())
-            for key in sorted(
-                written - values.keys()
-            ):  # its dependence on x would be lost
-                self._refuse(
-                    f"set {key!r} at earlier steps and not at this one", groups
-                )
-            written.update(values)
+        if position == 0:  # a trajectory begins
+            self._written = {}
+        for index, values in enumerate(found):
+            known = self._written.setdefault(index, {})
+            for key in sorted(known.keys() - values.keys()):
+                if self._depends(known[key], groups, index, key):
+                    what = f"set {key!r} at earlier steps and not at this one"
+                    self._refuse(what, groups)
+            known.update(dict.fromkeys(values, position))
+        for values, group in zip(found, groups, strict=True):
             group.update(values)
+
+    def _depends(self, position: int, groups: Groups, index: int, key: str) -> bool:
+        """Whether what was set then is a function of x, which the group would forget."""
+        with torch.enable_grad():
+            value = self.at(position, groups)[index].get(key)
+        several = isinstance(value, (tuple, list))
+        return any(
+            isinstance(v, Tensor) and v.requires_grad
+            for v in (value if several else (value,))
+        )
 
     def _refuse(self, what: str, groups: Groups) -> None:
         options = ", ".join(k for k in groups[0] if k != "params")

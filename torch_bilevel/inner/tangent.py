@@ -62,6 +62,8 @@ class Tangents:
         self.numbers: list[int] = []
         self.bounds: list[float] = []
         self.steps = 0
+        # per inner parameter, whether its tangents may be other than zero
+        self.moved = [tensor in problem.outer for tensor in problem.inner.tensors]
         # of the last step: where it ended, how long it was, its number
         self._end: tuple[Sequence[Tensor], Tensor, int] | None = None
 
@@ -101,6 +103,7 @@ class Tangents:
         self.bounds = list(saved["bounds"])
         self.mismatch = [error.to(device) for error in saved["mismatch"]]
         self.steps = saved["steps"]
+        self.moved = [True] * len(self.moved)
         return self
 
     def advance(
@@ -125,8 +128,9 @@ class Tangents:
         refuse_unexplained([record], first=self._end is not None)
         stepper = Stepper(problem, rules, loop, Pool())
         point = stepper.start(record)
-        self.compare(problem, record.calls, point.values)
-        with problem.inner.swapped() as following, problem.inner.moving():
+        found = self.errors(problem, record.calls, point.values)
+        self.mismatch, self.numbers, self.bounds = found
+        with problem.inner.swapped() as following, problem.inner.moving(self.moved):
             problem.inner.overwrite(point.values)
             raw, moved, reached = self._gradient_and_tangents(problem, record)
         hyper = stepper.hyper(record)
@@ -158,9 +162,12 @@ class Tangents:
             )
         eps = max(torch.finfo(value.dtype).eps for value in point.values)
         if norms:
-            self._note(record.index, mismatch(norms, eps), problem, record.calls)
+            self.mismatch.append(mismatch(norms, eps))
+            self.numbers.append(record.index)
+            self.bounds.append(tolerance(problem, record.calls))
             self._end = following, total(norms)[1], record.index
         self.steps += 1
+        self.moved = [a or b for a, b in zip(self.moved, record.present(), strict=True)]
         self.reached = [
             any(there)
             for there in zip(
@@ -172,13 +179,13 @@ class Tangents:
             )
         ]
 
-    def compare(
+    def errors(
         self,
         problem: BilevelProblem,
         calls: Sequence[WeightedCall],
         values: Sequence[Tensor],
-    ) -> None:
-        """Note how far the parameters are from where the last step left them.
+    ) -> tuple[list[Tensor], list[int], list[float]]:
+        """``mismatch``, ``numbers`` and ``bounds``, and how far y is from where it was left.
 
         Args:
             problem: the problem.
@@ -186,24 +193,14 @@ class Tangents:
             values: the parameters now.
         """
         if self._end is None:
-            return
+            return self.mismatch, self.numbers, self.bounds
         end, moved, number = self._end
         norms = [step_norms(v, e, e) for v, e in zip(values, end, strict=True)]
         off, _, size = total(norms)
         eps = max(torch.finfo(value.dtype).eps for value in values)
         error = relative(off, moved.to(off), size, eps)
-        self._note(number, error, problem, calls)
-
-    def _note(
-        self,
-        number: int,
-        error: Tensor,
-        problem: BilevelProblem,
-        calls: Sequence[WeightedCall],
-    ) -> None:
-        self.numbers.append(number)
-        self.mismatch.append(error)
-        self.bounds.append(tolerance(problem, calls))
+        bound = tolerance(problem, calls)
+        return [*self.mismatch, error], [*self.numbers, number], [*self.bounds, bound]
 
     def _gradient_and_tangents(
         self, problem: BilevelProblem, record: StepRecord

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import TrajectoryTooLong
 from ..problem import WeightedCall
 from .pool import Pool
+from .versions import StateVersions
 
 if TYPE_CHECKING:
     from .tangent import Tangents
@@ -38,8 +39,6 @@ class Part:
         values: the parameters before the step; None if not recorded.
         state: the optimizer state before the step, per parameter; None if not recorded.
         gradient: what the step consumed, kept for the step that is verified.
-        live: the optimizer's state until the step is over.
-        versions: of the state's tensors when the step began, until then.
     """
 
     hyper: list[dict[str, Any]]
@@ -48,8 +47,6 @@ class Part:
     values: list[Tensor] | None = None
     state: list[dict[str, Any]] | None = None
     gradient: list[Tensor | None] | None = None
-    live: Mapping[Any, Any] = field(default_factory=dict)
-    versions: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -149,7 +146,8 @@ class Window:
         self.carry = carry
         self.tangents: Tangents | None = None  # of an estimator that follows the loop
         self._check_at = 0  # the count at which memory is looked at again
-        self._left: dict[int, dict[int, int]] = {}  # versions after the last step
+        self.moved: list[bool] = []  # per inner parameter, whether a step has moved it
+        self.versions = StateVersions(iterates)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -178,12 +176,10 @@ class Window:
             for call, _ in record.calls:
                 if call.kept is not None:
                     call.kept.saved.values = record.values()
-            for number, part in record.parts.items():
-                left = self._left.get(number, part.versions)
-                record.rewritten |= not part.versions.items() <= left.items()
-                if part.live:  # not of a record that was loaded
-                    self._left[number] = versions(part.live)
-                part.live = part.versions = {}
+            moved = record.present()
+            self.moved = [
+                a or b for a, b in zip(self.moved or moved, moved, strict=True)
+            ]
             self._drop_unreachable()
             if record.has_iterate and (self.auto or self.iterate_bytes):
                 self._thin(record)
@@ -287,13 +283,14 @@ class Window:
         """
         if restart or not self.carry:
             self.tangents = None
+            self.moved = []
+            self.versions.clear()
         elif self.tangents is not None:
             self.tangents.forget_mismatch()
         self.number += 1
         while self.records:
             self._release(self.records.popleft())
         self.count = self._check_at = 0
-        self._left = {}
         self.interval = self.first_interval
 
     def _release(self, record: StepRecord) -> None:
@@ -334,8 +331,6 @@ def take_part(
         hyper=hyper,
         groups=[i for i, g in enumerate(optimizer.param_groups) for _ in g["params"]],
         present=[parameter.grad is not None for parameter in parameters],
-        live=optimizer.state,
-        versions=versions(optimizer.state),
     )
     if pool is not None:
         part.values = pool.copy(parameters)
@@ -350,12 +345,6 @@ def take_part(
             for p in parameters
         ]
     return part
-
-
-def versions(states: Mapping[Any, Mapping[str, Any]]) -> dict[int, int]:
-    """The version counters of an optimizer state's tensors, by identity."""
-    tensors = (v for state in states.values() for v in state.values())
-    return {id(v): v._version for v in tensors if isinstance(v, Tensor)}
 
 
 def copy_states(states: Sequence[dict[str, Any]], pool: Pool) -> list[dict[str, Any]]:

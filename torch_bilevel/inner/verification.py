@@ -140,13 +140,14 @@ def raise_mismatch(
         bool(item._backward_hooks)
         for item in (*problem.inner.tensors, *problem.modules.members.values())
     )
-    if hooked:
-        raise ReplayMismatch(
-            f"{seen} {hooked} inner parameters or modules have hooks (register_hook, "
-            "register_full_backward_hook), which are not run again: what they do to gradients "
-            "would be done to products with the Hessian too. Remove them and say what they do: "
-            "optimizer.gradient_transform(tb.clip_grad_value(limit)), or a function of your own."
-        )
+    hooks = (
+        f" {hooked} inner parameters or modules have hooks (register_hook, "
+        "register_full_backward_hook), which are not run again: what they do to gradients would be "
+        "done to products with the Hessian too. If they change gradients, say how instead: "
+        "optimizer.gradient_transform(tb.clip_grad_value(limit)), or a function of your own."
+        if hooked
+        else ""
+    )
     if cosine > 1 - 1e-6 and norms[0] > 0:
         scaler = (
             "If the loop uses a torch.amp.GradScaler, pass grad_scaler=scaler to the "
@@ -167,7 +168,9 @@ def raise_mismatch(
             " If the loss reads a Python value that changed since, pass it as an argument; if an "
             "outer variable was written to since, restart() after writing."
         )
-        raise ReplayMismatch(f"{seen} The two are parallel. {hint}")
+        raise ReplayMismatch(f"{seen} The two are parallel. {hint}{hooks}")
+    if hooked:
+        raise ReplayMismatch(f"{seen}{hooks}")
     raise UnregisteredTerm(
         f"{seen} The two are not parallel: something else was back-propagated. Move every term "
         "of the training loss (penalties, auxiliary losses) into the registered inner loss, or "

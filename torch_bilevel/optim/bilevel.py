@@ -351,7 +351,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self._constraints.apply(self.outer)
         self._extrapolate()
         dropped = len(self._recorder.window)
-        self._recorder.window.clear()
+        self._recorder.window.clear(restart=not self.warm_start)
         self._await_trajectory()
         self.outer_steps += 1
         self._tasks_done = 0

@@ -60,7 +60,7 @@ def run(
     problem = situation.problem
     began, products = time.perf_counter(), problem.num_products
     try:
-        with estimator.differentiating(problem):
+        with estimator.differentiating(problem, situation.window):
             outer = (
                 problem.outer_gradients(calls, values)
                 if calls

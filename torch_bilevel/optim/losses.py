@@ -132,8 +132,8 @@ class Run:
     def evaluate(self) -> Tensor:
         """The loss with its own graph, kept for the backward."""
         problem = self.owner.problem
-        chosen = self.owner.estimator
-        with chosen.differentiating(problem), problem.evaluating(self.call):
+        chosen, window = self.owner.estimator, self.owner._recorder.window
+        with chosen.differentiating(problem, window), problem.evaluating(self.call):
             self.result = problem.run(self.call)
         self.token = self._now()
         self.value = scalar(self.result, self.call.name)

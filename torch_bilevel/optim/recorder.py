@@ -145,7 +145,7 @@ class Recorder:
         self.inside = True
         try:
             if remembered is not None and window.keep_graph:
-                result = keep(problem, remembered)
+                result = keep(problem, remembered, args, kwargs)
             else:
                 self._freeze()
                 result = function(*args, **kwargs)
@@ -329,11 +329,11 @@ class Recorder:
             self.current.calls = self.current.calls + calls
             if self._twin is not None:
                 self._twin.calls = self._twin.calls + whole
-        self.current.parts[index] = (
-            take_part(optimizer, window.pool if window.wants_iterate() else None)
-            if window.iterates
-            else _NOTHING
-        )
+        self.current.parts[index] = _NOTHING
+        if window.iterates:
+            pool = window.pool if window.wants_iterate() else None
+            self.current.parts[index] = take_part(optimizer, pool)
+            self.current.rewritten |= window.versions.changed(index, optimizer.state)
         if self.loop.rates is not None:
             self.loop.rates.scale(optimizer, self.present.inner.tensors)
         if self._twin is not None:
@@ -370,9 +370,10 @@ class Recorder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if self.paused or self.current is None:
+        if self.paused:
             return
-        if len(self.current.parts) == len(self.optimizers):
+        self.window.versions.leave(self.optimizers.index(optimizer), optimizer.state)
+        if self.current and len(self.current.parts) == len(self.optimizers):
             finished, self.current = self.current, None
             if self._twin is not None:
                 self.to_verify, self._twin = self._twin, None

@@ -262,7 +262,7 @@ def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
             item["index"],
             item["position"],
             opaque=item["opaque"],
-            rewritten=item["rewritten"],
+            rewritten=item.get("rewritten", False),
         )
         for number, part in item["parts"]:
             record.parts[number] = Part(

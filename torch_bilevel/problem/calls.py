@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping, Sequence, Set
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,7 @@ class Call:
 _requires_grad = attrgetter("requires_grad")
 _is_on = itemgetter(1)
 _NONE_FROZEN: Set[int] = frozenset()
+_PLAIN = (bool, int, float, str, bytes)
 
 WeightedCall = tuple[Call, Any]  # the call and the weight it was back-propagated with
 
@@ -164,9 +166,47 @@ def _keep(
         if not value.is_inference():  # it has no version and cannot change
             versions.append((value, value._version))
         return value
+    if value is None or isinstance(value, _PLAIN):
+        return value
     if isinstance(value, np.ndarray):
-        return value.copy()  # it has no version that would tell
-    return _rebuilt(value, lambda item: _keep(item, name, live, versions))
+        return _kept_array(value, versions)
+    if type(value) in (dict, list, tuple):
+        return _rebuilt(value, lambda item: _keep(item, name, live, versions))
+    versions += ((t, t._version) for t in _inside(value, set()) if id(t) not in live)
+    return value
+
+
+def _kept_array(value: np.ndarray, versions: list[tuple[Tensor, int]]) -> np.ndarray:
+    """A copy, for an array has no version that would tell; one that is not written to as it is."""
+    if not value.flags.writeable or isinstance(value, np.memmap):
+        return value
+    stand_in = torch.empty(
+        value.nbytes, dtype=torch.uint8, device="meta"
+    )  # for `nbytes`
+    versions.append((stand_in, stand_in._version))
+    return value.copy()
+
+
+def _inside(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors in containers that are kept as they are: nobody but their class can copy them."""
+    if isinstance(value, Tensor):
+        if not value.is_inference():
+            yield value
+        return
+    if value is None or isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    seen.add(id(value))
+    items: Any = ()
+    if isinstance(value, UserDict):
+        items = value.data.values()
+    elif isinstance(value, dict):
+        items = dict.values(value)
+    elif isinstance(value, (list, tuple)):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, f.name, None) for f in dataclasses.fields(value)]
+    for item in items:
+        yield from _inside(item, seen)
 
 
 def fresh_containers(value: Any) -> Any:
@@ -175,27 +215,12 @@ def fresh_containers(value: Any) -> Any:
 
 
 def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A container of the same kind with the function of every item; anything else as it is."""
+    """A plain container with the function of every item; anything else as it is."""
     kind = type(value)
-    if kind is Tensor:
-        return value
     if kind is dict:
         return {key: function(item) for key, item in value.items()}
     if kind is list or kind is tuple:
         return kind([function(item) for item in value])
-    if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
-        return value._make(map(function, value))  # type: ignore[attr-defined]
-    if isinstance(
-        value, MutableMapping
-    ):  # OrderedDict, UserDict and what derives from them
-        new = copy.copy(value)
-        new.update({key: function(item) for key, item in value.items()})
-        return new
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for item in dataclasses.fields(value):  # frozen ones, too
-            object.__setattr__(new, item.name, function(getattr(value, item.name)))
-        return new
     return value
 
 

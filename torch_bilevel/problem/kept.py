@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import BatchChanged, InvalidLoss, StalePoint
 from ..second_order import second_order
-from .calls import Call, fresh_containers, scalar, with_loss
+from .calls import Call, scalar, with_loss
 from .variables import gradients
 
 if TYPE_CHECKING:
@@ -164,12 +165,14 @@ class KeptLoss(torch.autograd.Function):
         return None, None, *found
 
 
-def keep(problem: BilevelProblem, call: Call) -> Any:
+def keep(problem: BilevelProblem, call: Call, args: tuple, kwargs: dict) -> Any:
     """Evaluate an inner loss for the user, and keep its graphs with the call.
 
     Args:
         problem: the problem at present.
         call: the remembered call; its ``kept`` is set.
+        args: the user's own arguments, which the function may write to.
+        kwargs: those given by name.
 
     Returns:
         What the function returns, its loss replaced by one with the same value and gradient.
@@ -182,9 +185,10 @@ def keep(problem: BilevelProblem, call: Call) -> Any:
 
     def loss() -> Tensor:
         nonlocal result
-        # what was remembered: arrays are copies, which nobody writes to
-        args, kwargs = map(fresh_containers, (call.args, call.kwargs))
-        result = call.function(*args, **kwargs)
+        result = call.function(
+            *map(_remembered_array, args, call.args),
+            **{k: _remembered_array(v, call.kwargs[k]) for k, v in kwargs.items()},
+        )
         value = scalar(result, call.name)
         if call.function not in problem.walked:
             _refuse_others(value, problem, call.name)
@@ -193,6 +197,11 @@ def keep(problem: BilevelProblem, call: Call) -> Any:
 
     value = KeptLoss.apply(call.kept, loss, *problem.inner.tensors)
     return with_loss(result, value)
+
+
+def _remembered_array(given: Any, remembered: Any) -> Any:
+    """The copy in place of an array: the graph may hold its memory, and nobody writes to it."""
+    return remembered if isinstance(given, np.ndarray) else given
 
 
 def _refuse_others(loss: Tensor, problem: BilevelProblem, name: str) -> None:

@@ -17,9 +17,6 @@ class KnownFunctions:
     def __init__(self) -> None:
         self._references: dict[int, Callable[[], Any]] = {}
 
-    def __len__(self) -> int:
-        return len(self._references)
-
     def __contains__(self, function: object) -> bool:
         reference = self._references.get(id(function))
         return reference is not None and reference() is function

@@ -146,7 +146,7 @@ class BilevelProblem:
                 )
             stack.enter_context(torch.enable_grad())
             wanted = [(tensor, True) for tensor in self.constants]
-            constant = () if self.inner.all_move else call.frozen
+            constant = call.frozen - self.inner.moved if call.frozen else call.frozen
             wanted += [(t, id(t) not in constant) for t in self.inner.tensors]
             for tensor, flag in wanted:
                 if tensor.requires_grad != flag:
@@ -250,9 +250,8 @@ class BilevelProblem:
                     )
                     if create_graph:
                         self.look_through(call, parts, [loss])
-                if call.frozen and not (
-                    create_graph and outer
-                ):  # no step consumes these
+                # what is frozen and moved has a gradient that no step consumes
+                if call.frozen and not (create_graph and outer):
                     held = [id(tensor) in call.frozen for tensor in self.inner.tensors]
                     parts[: len(held)] = [
                         None if there else part
@@ -292,7 +291,9 @@ class BilevelProblem:
         total: list[Tensor | None] = [None] * len(self.inner.tensors)
         for call, weight in calls:
             call.check_unchanged()
-            if call.kept is None or call.kept.weight is None or call.frozen:
+            if call.kept is None or call.kept.weight is None:
+                return None
+            if call.frozen & self.inner.moved:  # constants to the user's own graph
                 return None
             with torch.enable_grad():  # this may run inside a backward
                 total = added(total, call.kept.weighted(weight))

@@ -8,7 +8,7 @@ stay valid after the restore (``p.copy_`` under ``no_grad`` would invalidate eve
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import chain, compress
 from operator import attrgetter, methodcaller
 from types import NoneType
@@ -46,7 +46,7 @@ class Variables:
         self.ids = {id(tensor) for tensor in tensors}
         self.depth = 0  # how many swaps are open
         self.point = 0  # counts overwrites, so that a linearisation can tell
-        self.all_move = False  # see `moving`
+        self.moved: Set[int] = frozenset()  # ids; see `moving`
 
     def __contains__(self, tensor: object) -> bool:
         return id(tensor) in self.ids
@@ -80,14 +80,18 @@ class Variables:
             self.point = point
 
     @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
-        """Frozen parameters are no constants meanwhile.
+    def moving(self, which: Sequence[bool]) -> Iterator[None]:
+        """Some parameters are no constants meanwhile, though a step may hold them frozen.
 
-        Steps leave them where earlier ones took them, which depends on x: losses are differentiated
-        with respect to them, though no step consumes that gradient.
+        The step leaves them where earlier ones took them, which depends on x: losses are
+        differentiated with respect to them, though it consumes nothing of that gradient.
+
+        Args:
+            which: those that a step has moved, or that begin at an outer variable.
         """
-        frozen = [tensor for tensor in self.tensors if not tensor.requires_grad]
-        before, self.all_move = self.all_move, True
+        there = list(compress(self.tensors, which))
+        frozen = [tensor for tensor in there if not tensor.requires_grad]
+        before, self.moved = self.moved, {id(tensor) for tensor in there}
         for tensor in frozen:
             tensor.requires_grad_(True)
         try:
@@ -95,7 +99,7 @@ class Variables:
         finally:
             for tensor in frozen:
                 tensor.requires_grad_(False)
-            self.all_move = before
+            self.moved = before
 
     def token(self) -> tuple:
         """What must not change while a linearisation lives."""
