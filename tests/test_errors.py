@@ -532,6 +532,13 @@ def hyperparameters_of_too_many_groups():
     with_hyperparameters(lambda lam: [{"lr": 0.1}, {"lr": 0.1}])
 
 
+def an_outer_variable_that_is_constant():
+    setup = Setup()
+    setup.lam.requires_grad_(False)
+    setup.problem.steps(setup.optimizer)
+    setup.go()
+
+
 def hyperparameters_that_come_and_go():
     setup = Setup("unrolled")
     lam = setup.lam
@@ -1007,6 +1014,7 @@ TABLE = [
         tb.InvalidHyperparameters,
         r"a list of 2.*1 dictionaries",
     ),
+    (an_outer_variable_that_is_constant, tb.UnusedOuter, r"requires_grad is False"),
     (
         hyperparameters_that_come_and_go,
         tb.InvalidHyperparameters,

@@ -154,13 +154,21 @@ def check_reached(problem: BilevelProblem, reached: Sequence[bool]) -> None:
     """
     names = problem.outer.layout.names
     lost = [name for name, there in zip(names, reached, strict=True) if not there]
+    constant = [
+        name
+        for name, tensor in zip(names, problem.outer.tensors, strict=True)
+        if name in lost and not tensor.requires_grad
+    ]
     if lost:
+        why = (
+            "" if not constant else f" ({', '.join(constant)}: requires_grad is False.)"
+        )
         raise UnusedOuter(
             f"The outer variables {', '.join(lost)} reach neither the recorded inner losses "
             "nor the outer loss, so their hypergradient is zero. Use them inside a registered "
             "loss (a value computed from them beforehand, or .item(), .data or .detach(), "
             "cuts them off), or pass unused='zero' if that is meant. ('first_order' drops what "
-            "enters through the inner loss alone.)"
+            f"enters through the inner loss alone.){why}"
         )
 
 
