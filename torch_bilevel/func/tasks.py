@@ -233,7 +233,8 @@ def task_gradient(
         rule: the update, as in `unroll`.
         num_steps: steps of adaptation.
         estimator: ``"unrolled"`` with its ``window`` and ``checkpoint_every``, ``"first_order"``,
-            ``"displacement"``, or an implicit one.
+            ``"displacement"``, or an implicit one. With a window shorter than ``num_steps`` y_0 is
+            a constant, as in `unroll`: an initialisation receives nothing through it.
         initial: y_0, a function of ``outer``; by default all of it is the initialisation.
         proximal_term: λ.
         chunk_size: tasks at once; None takes all.
