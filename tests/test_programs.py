@@ -667,6 +667,32 @@ def test_a_kept_loss_back_propagated_after_a_step():
         stale.backward()
 
 
+@pytest.mark.parametrize("steps", [1, 3, 6, 12])
+def test_kept_graphs_of_losses_that_enter_autocast_by_themselves(steps):
+    torch.set_default_dtype(torch.float32)
+    found = []
+    for estimator in ("unrolled", "unrolled(keep_graph=True)"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+        x, t = torch.zeros(16, requires_grad=True), torch.randn(16, 6)
+        y = torch.arange(16) % 3
+        inner, outer = SGD(net.parameters(), lr=0.1), SGD([x], lr=0.1)
+        o = tb.BilevelOptimizer(inner, outer, modules=net, estimator=estimator)
+
+        def losses(net=net, t=t, y=y):
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.cross_entropy(net(t), y, reduction="none").float()
+
+        train = o.inner_loss(lambda losses=losses, x=x: (x.exp() * losses()).mean())
+        o.outer_loss(lambda losses=losses: losses().mean())
+        for _ in range(steps):
+            o.zero_grad()
+            train().backward()
+            o.step()
+        found += o.hypergradient()
+    torch.testing.assert_close(*found, rtol=0.05, atol=1e-5)
+
+
 @pytest.mark.parametrize("end", ["outer_step", "restart"])
 def test_kept_graphs_are_freed_with_their_window(end):
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _Place = tuple[int, torch.Size, tuple[int, ...], int, int]
 
 
+_HALF = (torch.float16, torch.bfloat16)
 _TRANSFORMED = (
     "An inner loss uses torch.func (grad, vjp, jvp, hessian, ...), whose graphs cannot be kept: "
     "leave keep_graph=True out."
@@ -47,11 +48,13 @@ class Saved:
     Attributes:
         values: the recorded iterate, once the optimizer has stepped; None while it is live.
         nbytes: bytes of what is not the iterate's.
+        half: something was computed in half precision, by autocast inside the loss perhaps.
     """
 
     def __init__(self, problem: BilevelProblem):
         self.values: Sequence[Tensor] | None = None
         self.nbytes = 0
+        self.half = False
         self._live = problem.inner.tensors
         self._where, self._cloned = problem.places()
         self._seen: set[int] = set()
@@ -75,6 +78,7 @@ class Saved:
         if address not in self._seen:
             self._seen.add(address)
             self.nbytes += tensor.untyped_storage().nbytes()
+        self.half |= tensor.dtype in _HALF
         # Not the tensor itself: an output that its own node saved would never be freed.
         return tensor.detach(), tensor._version
 

@@ -70,7 +70,8 @@ def disagreement(
     )
     norm = torch.linalg.vector_norm
     bits = {d: torch.finfo(d).bits for d in precisions(problem, calls)}
-    allowed = tolerance(min(bits, key=bits.__getitem__))
+    half = any(call.kept is not None and call.kept.saved.half for call, _ in calls)
+    allowed = tolerance(torch.bfloat16 if half else min(bits, key=bits.__getitem__))
     found, Hu = point.joint(v), point.hvp(u)
     if values is not None:
         problem.inner.overwrite(values)
