@@ -216,11 +216,8 @@ class Estimator(abc.ABC):
         """What losses are differentiated under: whether parameters frozen now are constants."""
         if self.frozen_constant:
             return contextlib.nullcontext()
-        tangents, tensors = window.tangents, problem.inner.tensors
-        moved = (window if tangents is None else tangents).moved or [False] * len(
-            tensors
-        )
-        begun = [tensor in problem.outer for tensor in tensors]  # initialisations
+        begun = [t in problem.outer for t in problem.inner.tensors]  # initialisations
+        moved = window.moved or begun
         return problem.inner.moving([a or b for a, b in zip(moved, begun, strict=True)])
 
     def check_outer(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
@@ -248,7 +245,7 @@ class Estimator(abc.ABC):
     def follow(self, situation: Situation) -> None:  # noqa: B027
         """Look at the inner step that has just been recorded, before an outer step is due.
 
-        Only called if ``follows``; what is gathered lives in the window.
+        Only called if ``follows``, inside `differentiating`; what is gathered lives in the window.
 
         Args:
             situation: problem, window, optimizers.

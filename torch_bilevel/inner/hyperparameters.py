@@ -38,9 +38,8 @@ class Hyperparameters:
             self.takes_position = True
         except (TypeError, ValueError):
             self.takes_position = False
-        self._written: dict[
-            int, dict[str, int]
-        ] = {}  # per group, what was set, and when last
+        # per group, what was set, and at which position last
+        self._written: dict[int, dict[str, int]] = {}
 
     def at(self, position: int, groups: Groups) -> list[dict[str, Any]]:
         """What the function sets, per group.

@@ -96,9 +96,8 @@ def check_mismatch(
                 f"{'a' if several else 'this'} step was changed after backward() (clipping "
                 "without optimizer.gradient_transform(...), a hook), a parameter was "
                 "written to by something else than the optimizer (or in a step inside paused()), "
-                "gradients were left over "
-                "from the step before (no zero_grad()), or a term outside the registered "
-                "losses was added after the first step."
+                "gradients were left over from the step before (no zero_grad()), or a term "
+                "outside the registered losses was added after the first step."
             )
 
 

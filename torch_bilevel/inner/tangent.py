@@ -62,8 +62,6 @@ class Tangents:
         self.numbers: list[int] = []
         self.bounds: list[float] = []
         self.steps = 0
-        # per inner parameter, whether its tangents may be other than zero
-        self.moved = [tensor in problem.outer for tensor in problem.inner.tensors]
         # of the last step: where it ended, how long it was, its number
         self._end: tuple[Sequence[Tensor], Tensor, int] | None = None
 
@@ -103,7 +101,6 @@ class Tangents:
         self.bounds = list(saved["bounds"])
         self.mismatch = [error.to(device) for error in saved["mismatch"]]
         self.steps = saved["steps"]
-        self.moved = [True] * len(self.moved)
         return self
 
     def advance(
@@ -116,7 +113,8 @@ class Tangents:
         """Carry the tangents through a step the optimizer has just taken.
 
         Args:
-            problem: the problem, its parameters after the step.
+            problem: the problem, its parameters after the step; frozen ones that an earlier step
+                has moved are no constants (see `Variables.moving`).
             record: the step, with its iterate.
             rules: the update rule of each inner optimizer.
             loop: what was declared about the loop.
@@ -130,7 +128,7 @@ class Tangents:
         point = stepper.start(record)
         found = self.errors(problem, record.calls, point.values)
         self.mismatch, self.numbers, self.bounds = found
-        with problem.inner.swapped() as following, problem.inner.moving(self.moved):
+        with problem.inner.swapped() as following:
             problem.inner.overwrite(point.values)
             raw, moved, reached = self._gradient_and_tangents(problem, record)
         hyper = stepper.hyper(record)
@@ -167,7 +165,6 @@ class Tangents:
             self.bounds.append(tolerance(problem, record.calls))
             self._end = following, total(norms)[1], record.index
         self.steps += 1
-        self.moved = [a or b for a, b in zip(self.moved, record.present(), strict=True)]
         self.reached = [
             any(there)
             for there in zip(

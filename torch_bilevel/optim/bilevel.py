@@ -330,8 +330,11 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
 
     def _after_inner_step(self) -> None:
         if self._estimator.follows:
-            with autocast(self.problem.no_autocast):
-                self._estimator.follow(self._situation(EstimatorMemory()))
+            situation = self._situation(EstimatorMemory())
+            problem, window = situation.problem, situation.window
+            moving = self._estimator.differentiating(problem, window)
+            with autocast(problem.no_autocast), moving:
+                self._estimator.follow(situation)
         count = self._recorder.window.count
         if self.inner_steps and count >= self.inner_steps:
             self.outer_step()

@@ -154,15 +154,13 @@ def check_reached(problem: BilevelProblem, reached: Sequence[bool]) -> None:
     """
     names = problem.outer.layout.names
     lost = [name for name, there in zip(names, reached, strict=True) if not there]
-    constant = [
-        name
-        for name, tensor in zip(names, problem.outer.tensors, strict=True)
-        if name in lost and not tensor.requires_grad
-    ]
     if lost:
-        why = (
-            "" if not constant else f" ({', '.join(constant)}: requires_grad is False.)"
+        constant = ", ".join(
+            name
+            for name, tensor in zip(names, problem.outer.tensors, strict=True)
+            if name in lost and not tensor.requires_grad
         )
+        why = f" ({constant}: requires_grad is False.)" if constant else ""
         raise UnusedOuter(
             f"The outer variables {', '.join(lost)} reach neither the recorded inner losses "
             "nor the outer loss, so their hypergradient is zero. Use them inside a registered "

@@ -186,6 +186,7 @@ def _save_window(optimizer: BilevelOptimizer) -> dict[str, Any]:
         "count": window.count,
         "number": window.number,
         "interval": window.interval,
+        "moved": list(window.moved),
         "tangents": window.tangents and window.tangents.state_dict(),
         "records": records,
     }
@@ -274,6 +275,8 @@ def _load_window(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
             )
         window.append(record)
     window.count, window.number = saved["count"], saved["number"]
+    if "moved" in saved:  # by steps that are no longer recorded, too
+        window.moved = list(saved["moved"])
     if saved["tangents"] is not None:
         window.tangents = Tangents.from_state_dict(optimizer.problem, saved["tangents"])
 

@@ -180,9 +180,8 @@ def _kept_array(value: np.ndarray, versions: list[tuple[Tensor, int]]) -> np.nda
     """A copy, for an array has no version that would tell; one that is not written to as it is."""
     if not value.flags.writeable or isinstance(value, np.memmap):
         return value
-    stand_in = torch.empty(
-        value.nbytes, dtype=torch.uint8, device="meta"
-    )  # for `nbytes`
+    # counted by `nbytes`; it takes no memory itself
+    stand_in = torch.empty(value.nbytes, dtype=torch.uint8, device="meta")
     versions.append((stand_in, stand_in._version))
     return value.copy()
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # which parameter, which part of it, and the version it had
 _Place = tuple[int, torch.Size, tuple[int, ...], int, int]
-
-
 _HALF = (torch.float16, torch.bfloat16)
 _TRANSFORMED = (
     "An inner loss uses torch.func (grad, vjp, jvp, hessian, ...), whose graphs cannot be kept: "

@@ -120,10 +120,9 @@ class ModuleSet:
         hooked: list[tuple[dict, dict]] = []
 
         def exchange(module: nn.Module) -> None:
+            # the user's hooks are for gradients of the loss, not for rows of H v
             for hooks in (module._backward_hooks, module._backward_pre_hooks):
-                if (
-                    hooks
-                ):  # the user's are for gradients of the loss, not for rows of H v
+                if hooks:
                     hooked.append((hooks, dict(hooks)))
                     hooks.clear()
             for name, buffer in module._buffers.items():

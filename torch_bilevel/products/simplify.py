@@ -68,14 +68,14 @@ def _known(graph: Graph, node: Node) -> Node | None:
     args: Any = node.args
     if node.target in _SAME or (node.target in _RESHAPES and _alike(node, args[0])):
         return args[0]
-    if node.target is aten.t.default and _is(args[0], aten.t):
+    if node.target is aten.t.default and _transposes(args[0]):
         return args[0].args[0]
     if node.target is not aten.add.Tensor or node.kwargs:
         return None
     for one, other in (args, args[::-1]):
         if _zero(one) and _alike(node, other):
             return other
-    if all(_is(arg, aten.t) and _form(arg) for arg in args):  # Aᵀ + Bᵀ = (A + B)ᵀ
+    if all(_transposes(arg) and _form(arg) for arg in args):  # Aᵀ + Bᵀ = (A + B)ᵀ
         with graph.inserting_before(node):
             total = _call(graph, node.target, *(arg.args[0] for arg in args))
             whole = _call(graph, aten.t.default, total)
@@ -86,18 +86,16 @@ def _known(graph: Graph, node: Node) -> Node | None:
 def _call(graph: Graph, target: Any, *args: Node) -> Node:
     """A new operation on dense tensors, with an example of its value, which has no data."""
     node = graph.call_function(target, args)
-    values = (arg.meta["val"] for arg in args)
-    node.meta["val"] = target(
-        *(
-            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
-            for v in values
-        )
-    )
+    examples = [
+        torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
+        for v in (arg.meta["val"] for arg in args)
+    ]
+    node.meta["val"] = target(*examples)
     return node
 
 
-def _is(value: Any, packet: Any) -> bool:
-    return isinstance(value, Node) and value.target is packet.default
+def _transposes(value: Any) -> bool:
+    return isinstance(value, Node) and value.target is aten.t.default
 
 
 def _zero(value: Any) -> bool:
@@ -198,15 +196,10 @@ def call_directly(graph: Graph) -> None:
     """
     for node in graph.nodes:
         node.target = _DIRECT.get(node.target, node.target)
-        if (
-            node.target is aten.slice.Tensor
-            and len(node.args) == 4
-            and not node.args[1]
-        ):
-            node.target, node.args = (
-                operator.getitem,
-                (node.args[0], slice(*node.args[2:])),
-            )
+        if node.target is aten.slice.Tensor and len(node.args) == 4:
+            value, dim, *ends = node.args
+            if dim == 0:
+                node.target, node.args = operator.getitem, (value, slice(*ends))
 
 
 def drop_unused(graph: Graph) -> None:
