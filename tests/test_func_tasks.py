@@ -50,6 +50,14 @@ CASES = {
     "unrolled(checkpoint_every=2)": lambda A, b, Q, q, w, M: M @ (Q @ w - q),
     "checkpointed": lambda A, b, Q, q, w, M: M @ (Q @ w - q),
     "first_order": lambda A, b, Q, q, w, M: Q @ w - q,
+    # only the last steps of M; those before are a translation
+    "unrolled(window=4)": lambda A, b, Q, q, w, M: M @ (Q @ w - q),
+    "unrolled(window=3, checkpoint_every=2)": lambda A, b, Q, q, w, M: (
+        torch.linalg.matrix_power(torch.eye(SIZE) - RATE * A, 3) @ (Q @ w - q)
+    ),
+    "one_step": lambda A, b, Q, q, w, M: (
+        (torch.eye(SIZE) - RATE * A) @ (Q @ w - q)
+    ),
 }
 
 
@@ -66,6 +74,34 @@ def test_quadratic_tasks(estimator, options):
     torch.testing.assert_close(report.losses, torch.stack(losses))
     torch.testing.assert_close(report.norm, torch.linalg.vector_norm(found))
     assert report.residual.isnan().all() and report.converged.all()
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "unrolled(window=2)", "one_step"])
+def test_the_class_face_gives_the_same(estimator):
+    """With momentum, and the pull towards y_0."""
+    x, (support, query) = torch.randn(SIZE), tasks()
+    options = {"lr": RATE, "momentum": 0.7}
+    made = gradient(
+        estimator, rule=tb.func.rule(torch.optim.SGD, **options), proximal_term=0.4
+    )
+    found, _ = made(x, support, query)
+    w = x.clone().requires_grad_()
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([w], **options),
+        torch.optim.SGD([w], lr=1.0),
+        estimator=estimator,
+        proximal_term=0.4,
+    )
+    inner = optimizer.inner_loss(lambda *batch: loss(w, None, batch))
+    outer = optimizer.outer_loss(lambda *batch: loss(w, None, batch))
+    for A, b, Q, q in zip(*support, *query, strict=True):
+        with optimizer.task():
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                inner(A, b).backward()
+                optimizer.step()
+            outer(Q, q).backward()
+    torch.testing.assert_close(found, w.grad / TASKS)
 
 
 def test_reptile_and_adaptation():

@@ -27,7 +27,7 @@ from ..estimators import (
 from ..solvers import differentiated
 from .hypergradients import Hypergradient, Loss
 from .levels import derivatives
-from .trees import Flat, detached
+from .trees import Flat, detached, translated
 from .unrolling import unroll
 
 
@@ -170,9 +170,7 @@ class TaskGradient:
         adapted = self._constant(outer, support)
 
         def loss(x: Any) -> Tensor:
-            start = self.initial(x)
-            moved = pytree.tree_map(lambda y, a: y + (a - a.detach()), adapted, start)
-            return self.outer_loss(moved, x, query)
+            return self.outer_loss(translated(adapted, self.initial(x)), x, query)
 
         return _told(*torch.func.grad_and_value(loss)(outer))
 
@@ -233,8 +231,8 @@ def task_gradient(
         rule: the update, as in `unroll`.
         num_steps: steps of adaptation.
         estimator: ``"unrolled"`` with its ``window`` and ``checkpoint_every``, ``"first_order"``,
-            ``"displacement"``, or an implicit one. With a window shorter than ``num_steps`` y_0 is
-            a constant, as in `unroll`: an initialisation receives nothing through it.
+            ``"displacement"``, or an implicit one. The steps before
+            a window are translations of y_0, as in `unroll`.
         initial: y_0, a function of ``outer``; by default all of it is the initialisation.
         proximal_term: λ.
         chunk_size: tasks at once; None takes all.

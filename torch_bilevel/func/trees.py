@@ -29,6 +29,14 @@ def detached(tree: Any) -> Any:
     )
 
 
+def translated(there: Any, start: Any) -> Any:
+    """The values of ``there``, without their derivative, which move as those of ``start`` do.
+
+    What takes y_0 to y is a translation to first order: dy = dy_0.
+    """
+    return pytree.tree_map(lambda y, a: y.detach() + (a - a.detach()), there, start)
+
+
 class Flat:
     """How the leaves of a pytree of floating-point tensors lie in one vector.
 

@@ -60,8 +60,9 @@ def unroll(
         mode: "reverse" keeps the steps for a backward pass: memory O(T), any derivative.
             "forward" carries ∂y_k/∂x along: memory O(outer size · inner size) for any T,
             about ``outer size`` times the work, first derivatives with respect to ``outer`` only.
-        window: differentiate the last ``window`` steps only; what comes before is a constant
-            (truncated back-propagation). The derivative with respect to y_0 is then zero.
+        window: differentiate the last ``window`` steps only (truncated back-propagation). What
+            comes before is a constant for x, and a translation for y_0: its derivative is that
+            with respect to the iterate the window starts at, as first-order MAML has it.
         checkpoint_every: keep every c-th iterate and compute the steps between again in the
             backward pass: memory O(T/c + c) for one more forward pass. "auto" is √T. Random
             numbers are drawn again as they were.
@@ -196,11 +197,10 @@ def _train(
     steps = Steps(plan, loss, structure)
     at = Carried(inner, None, outer, hyper, data)
     if plan.start:
-        # What comes before the window is a constant, and so is what it depended on.
-        constants = trees.detached(at)
-        before = steps(constants, 0, plan.start)
+        # What comes before the window is a translation of y_0, the same for every x.
+        before = steps(trees.detached(at), 0, plan.start)
         at = at._replace(
-            inner=trees.detached(before.inner),
+            inner=trees.translated(before.inner, at.inner),
             state=trees.detached(before.state),
         )
     if plan.mode == "forward":
