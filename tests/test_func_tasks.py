@@ -55,9 +55,7 @@ CASES = {
     "unrolled(window=3, checkpoint_every=2)": lambda A, b, Q, q, w, M: (
         torch.linalg.matrix_power(torch.eye(SIZE) - RATE * A, 3) @ (Q @ w - q)
     ),
-    "one_step": lambda A, b, Q, q, w, M: (
-        (torch.eye(SIZE) - RATE * A) @ (Q @ w - q)
-    ),
+    "one_step": lambda A, b, Q, q, w, M: (torch.eye(SIZE) - RATE * A) @ (Q @ w - q),
 }
 
 

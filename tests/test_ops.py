@@ -153,6 +153,36 @@ def test_sizes_and_chunks(case, n, d, c, by, monkeypatch):
     agree(ours, two_derivatives(plain(name), args, **options), 1e-12)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("nothing", ["ignored", "indices", "logistic", "squared"])
+@pytest.mark.parametrize("by", ["formulas", "operations", "operations under func"])
+def test_a_mean_over_nothing_is_nan_and_its_derivatives_are_zero(by, nothing, weighted):
+    """An empty batch, or one whose examples are all ignored."""
+    name, kind, options = CASES[nothing]
+    args = arguments(kind, n=5 if nothing == "ignored" else 0)
+    if nothing == "ignored":
+        args[3] = torch.ones_like(args[3])
+    omega = args[4] if weighted else None
+
+    def loss(weight):
+        x, _, bias, target, _ = args
+        return getattr(ops, name)(
+            x, weight, bias, target, example_weights=omega, **options
+        )
+
+    if by == "operations under func":
+        gradient, value = torch.func.grad_and_value(loss)(args[1])
+        second = torch.func.hessian(loss)(args[1])
+    else:
+        weight = args[1].requires_grad_()
+        value = loss(weight)
+        (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
+        second = torch.zeros(())
+        if gradient.requires_grad:
+            (second,) = torch.autograd.grad(gradient.sum(), weight)
+    assert value.isnan() and not gradient.any() and not second.any()
+
+
 @pytest.mark.parametrize("n", [0, 1, 128, 129, 400])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_in_blocks_of_rows(n, bias, monkeypatch):

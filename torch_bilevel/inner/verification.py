@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFinite, OpaqueStep, ReplayMismatch, UnregisteredTerm
-from ..problem import BilevelProblem, WeightedCall
+from ..problem import BilevelProblem, WeightedCall, precisions
 from .loop import Loop
 from .trajectory import StepRecord
 
@@ -30,10 +30,7 @@ mask, say, that only they draw.
 
 def tolerance(problem: BilevelProblem, calls: Sequence[WeightedCall]) -> float:
     """Relative tolerance by the coarsest dtype computed with: 1e-10, 1e-5 or 5e-2."""
-    dtypes = {tensor.dtype for tensor in problem.inner.tensors}
-    for call, _ in calls:
-        dtypes |= {dtype for _, enabled, dtype in call.autocast if enabled}
-    return max(TOLERANCES.get(dtype, 5e-2) for dtype in dtypes)
+    return max(TOLERANCES.get(dtype, 5e-2) for dtype in precisions(problem, calls))
 
 
 def verify(problem: BilevelProblem, record: StepRecord, loop: Loop) -> None:

@@ -156,7 +156,7 @@ def plain_loss(
     losses = function(z, reduction="none")
     omega = _cast(example_weights, z.dtype)
     if count is not None:
-        return torch.dot(losses, omega) / count
+        return torch.dot(losses, omega) / count.clamp(min=1) + 0 / count
     losses = losses * (omega if losses.dim() == 1 else omega.unsqueeze(1))
     if reduction == "mean":
         return losses.mean()
@@ -186,16 +186,35 @@ def loss_of(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
     dtype = _precision(x, weight)
+    share = None if valid is None else valid.to(dtype)
+    summed = reduction != "none"
+    given = link, x, weight, bias, target, example_weights
+    if reduction != "mean":
+        return _shared_loss(*given, share, summed)
+    # A mean over nothing is 0/0, as PyTorch has it, and its derivative zero.
+    if share is not None:
+        count = share.sum()
+        return _shared_loss(*given, share / count.clamp(min=1), summed) + 0 / count
+    size = len(x) * (len(weight) if link.elementwise else 1)
+    share = torch.full((), 1 / max(size, 1), dtype=dtype, device=x.device)
+    loss = _shared_loss(*given, share, summed)
+    return loss if size else loss + torch.nan
+
+
+def _shared_loss(
+    link: Link,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    example_weights: Tensor | None,
+    share: Tensor | None,
+    summed: bool,
+) -> Tensor:
+    """κ ω ℓ for every example, or their sum, κ the share of each."""
+    dtype = _precision(x, weight)
     if example_weights is not None:
         example_weights = _cast(example_weights, dtype)
-    share = None if valid is None else valid.to(dtype)
-    if reduction == "mean":
-        if share is None:
-            count = len(x) * (len(weight) if link.elementwise else 1)
-            share = torch.full((), _inverse(count), dtype=dtype, device=x.device)
-        else:
-            share = share / share.sum()
-    summed = reduction != "none"
     cut = cutting()  # the model ends at the outputs: its loss is a function of its own
     if cut or too_small(x, weight, link.kernel, link.elementwise):
         if cut:
@@ -265,7 +284,3 @@ def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In a dtype; without a call where it is in it."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
-def _inverse(count: int) -> float:
-    return 1 / count if count else float("nan")

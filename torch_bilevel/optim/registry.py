@@ -148,6 +148,7 @@ class LossRegistry:
             data: where automatic outer steps draw from: an iterable (restarted when it ends), an
                 iterator, or a callable. A tuple or list is unpacked into arguments.
             batches: average over so many batches a step, or ``"all"``; one solve all the same.
+                The mean is that of the batches: examples of a short last one count for more.
             weight: its weight in the sum, when several outer losses are registered.
 
         Returns:

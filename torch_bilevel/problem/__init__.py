@@ -18,6 +18,7 @@ from .modules import reachable_numbers as reachable_numbers
 from .once import raise_if_no_second_derivative as raise_if_no_second_derivative
 from .point import NOTHING as NOTHING
 from .point import Point as Point
+from .precision import precisions as precisions
 from .problem import BilevelProblem as BilevelProblem
 from .problem import OuterGradients as OuterGradients
 from .problem import evaluations as evaluations

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..errors import BatchChanged, InvalidLoss, StalePoint
 from ..second_order import second_order
 from .calls import Call, scalar, with_loss
+from .once import nodes_of
 from .variables import gradients
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 # which parameter, which part of it, and the version it had
 _Place = tuple[int, torch.Size, tuple[int, ...], int, int]
-_HALF = (torch.float16, torch.bfloat16)
 _TRANSFORMED = (
     "An inner loss uses torch.func (grad, vjp, jvp, hessian, ...), whose graphs cannot be kept: "
     "leave keep_graph=True out."
@@ -46,13 +46,11 @@ class Saved:
     Attributes:
         values: the recorded iterate, once the optimizer has stepped; None while it is live.
         nbytes: bytes of what is not the iterate's.
-        half: something was computed in half precision, by autocast inside the loss perhaps.
     """
 
     def __init__(self, problem: BilevelProblem):
         self.values: Sequence[Tensor] | None = None
         self.nbytes = 0
-        self.half = False
         self._live = problem.inner.tensors
         self._where, self._cloned = problem.places()
         self._seen: set[int] = set()
@@ -76,7 +74,6 @@ class Saved:
         if address not in self._seen:
             self._seen.add(address)
             self.nbytes += tensor.untyped_storage().nbytes()
-        self.half |= tensor.dtype in _HALF
         # Not the tensor itself: an output that its own node saved would never be freed.
         return tensor.detach(), tensor._version
 
@@ -208,12 +205,7 @@ def _remembered_array(given: Any, remembered: Any) -> Any:
 
 def _refuse_others(loss: Tensor, problem: BilevelProblem, name: str) -> None:
     """Refuse leaves whose ``.grad`` would stay empty; looked for once for every function."""
-    seen, todo = set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of([loss]):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in problem.live:
             raise InvalidLoss(
@@ -222,4 +214,3 @@ def _refuse_others(loss: Tensor, problem: BilevelProblem, name: str) -> None:
                 "stay empty. Call requires_grad_(False) on it if it is not trained. If the loss "
                 "makes it, for a penalty on the gradient in its inputs, leave keep_graph=True out."
             )
-        todo += [following for following, _ in node.next_functions]

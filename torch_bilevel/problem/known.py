@@ -12,24 +12,28 @@ from typing import Any
 
 
 class KnownFunctions:
-    """A set of functions by identity, without those that are gone."""
+    """What is known of functions, by identity, without those that are gone."""
 
     def __init__(self) -> None:
-        self._references: dict[int, Callable[[], Any]] = {}
+        self._references: dict[int, tuple[Callable[[], Any], Any]] = {}
 
     def __contains__(self, function: object) -> bool:
-        reference = self._references.get(id(function))
-        return reference is not None and reference() is function
+        reference, _ = self._references.get(id(function), (lambda: None, None))
+        return reference() is function
 
-    def add(self, function: Any) -> None:
-        """Remember a function; one that has no weak references is kept alive."""
+    def get(self, function: object, default: Any = None) -> Any:
+        """What was remembered with a function."""
+        return self._references[id(function)][1] if function in self else default
+
+    def add(self, function: Any, value: Any = None) -> None:
+        """Remember a function, with a value; one that has no weak references is kept alive."""
         key, references = id(function), self._references
 
         def forget(reference: Any) -> None:
-            if references.get(key) is reference:
+            if references.get(key, (None, None))[0] is reference:
                 del references[key]
 
         try:
-            references[key] = weakref.ref(function, forget)
+            references[key] = weakref.ref(function, forget), value
         except TypeError:
-            references[key] = lambda: function
+            references[key] = (lambda: function), value

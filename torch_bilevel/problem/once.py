@@ -88,13 +88,13 @@ def refuse_once_differentiable(
     Raises:
         NoSecondDerivative: a function on the way is differentiable once only.
     """
-    nodes = _nodes(losses)
+    nodes = nodes_of(losses)
     names = {
         type(node)._forward_cls.__name__
         for node in _above(nodes, inner)
         if _is_once_differentiable(node)
     }
-    if not names and any(type(node).__name__ == "Error" for node in _nodes(parts)):
+    if not names and any(type(node).__name__ == "Error" for node in nodes_of(parts)):
         names = {cls.__name__ for n in nodes if (cls := _custom(n)) is not None}
     if names:
         raise NoSecondDerivative(
@@ -134,7 +134,7 @@ def _above(nodes: Sequence[Any], inner: Set[int]) -> set[Any]:
     return found
 
 
-def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
+def nodes_of(tensors: Iterable[Tensor | None]) -> list[Any]:
     """Every node of the graphs of some tensors."""
     stack = [t.grad_fn for t in tensors if t is not None]
     seen: dict[Any, None] = {}

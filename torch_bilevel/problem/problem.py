@@ -32,6 +32,7 @@ from .known import KnownFunctions
 from .linearization import Linearization
 from .modules import ModuleSet
 from .once import raise_if_no_second_derivative, refuse_once_differentiable
+from .precision import dtypes_of
 from .randomness import preserved
 from .variables import Variables, added, gradients
 
@@ -73,6 +74,7 @@ class BilevelProblem:
         self._watched = KnownFunctions()
         self._twice = KnownFunctions()  # known to be twice differentiable
         self.walked = KnownFunctions()  # their graphs were looked through
+        self.dtypes = KnownFunctions()  # what they compute in
         self.kept_right = KnownFunctions()  # their kept graphs agree with new ones
         tensors = inner.tensors + outer.tensors
         self.live = inner.ids | outer.ids
@@ -86,11 +88,8 @@ class BilevelProblem:
             dict.fromkeys([*(t.device.type for t in tensors), "cpu"])
         )
         self.no_autocast: AutocastState = [(k, False, None) for k in self.device_types]
-        self.devices = [
-            device
-            for device in dict.fromkeys(t.device for t in tensors)
-            if device.type != "cpu"
-        ]
+        devices = dict.fromkeys(t.device for t in tensors)
+        self.devices = [device for device in devices if device.type != "cpu"]
 
     def from_initial(self, vector: Tensor) -> Tensor:
         """An adjoint of the first iterate as a gradient of the initialisations in x, flat.
@@ -188,12 +187,14 @@ class BilevelProblem:
             Disconnected: the loss has no graph.
         """
         result = self._again(call)
-        if not scalar(result, call.name).requires_grad:
+        if not (loss := scalar(result, call.name)).requires_grad:
             raise Disconnected(
                 f"The registered loss {call.name!r} does not depend on any inner or outer "
                 "parameter: the tensor it returned has no graph. Was it computed under "
                 "torch.no_grad(), from detached values, or with .item()?"
             )
+        if call.function not in self.dtypes:
+            self.dtypes.add(call.function, dtypes_of(loss))
         return result
 
     def look_through(

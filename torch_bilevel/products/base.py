@@ -20,7 +20,13 @@ from torch import Tensor
 
 from .._registry import changed, describe
 from ..errors import NonSymmetricSystem
-from ..problem import BilevelProblem, Linearization, Point, WeightedCall
+from ..problem import (
+    BilevelProblem,
+    Linearization,
+    Point,
+    WeightedCall,
+    precisions,
+)
 
 
 class Products(abc.ABC):
@@ -69,13 +75,11 @@ def disagreement(
         for _ in range(2)
     )
     norm = torch.linalg.vector_norm
-    bits = {d: torch.finfo(d).bits for d in precisions(problem, calls)}
-    half = any(call.kept is not None and call.kept.saved.half for call, _ in calls)
-    allowed = tolerance(torch.bfloat16 if half else min(bits, key=bits.__getitem__))
     found, Hu = point.joint(v), point.hvp(u)
     if values is not None:
         problem.inner.overwrite(values)
     known = problem.linearize(calls).joint(v)
+    allowed = max(tolerance(dtype) for dtype in precisions(problem, calls))
     for name, ours, theirs in zip("HJ", found, known, strict=True):
         error, size = float(norm(ours - theirs)), float(norm(theirs))
         if not error <= allowed * size:
@@ -88,14 +92,6 @@ def disagreement(
     if not defect <= allowed * float(norm(u) * norm(Hv) + norm(v) * norm(Hu)):
         return f"products that are not symmetric: ⟨u, H v⟩ − ⟨v, H u⟩ is {defect:.1e}"
     return None
-
-
-def precisions(
-    problem: BilevelProblem, calls: Sequence[WeightedCall]
-) -> set[torch.dtype]:
-    """What gradients are computed in: the parameters' precision, and that of autocast."""
-    found = {t.dtype for t in problem.inner.tensors}
-    return found | {d for call, _ in calls for _, on, d in call.autocast if on and d}
 
 
 def refuse_maps(engine: Products, calls: Sequence[WeightedCall]) -> None:

@@ -4,7 +4,7 @@
 
 With ε = ∛u (1 + ‖y‖)/‖v‖, u the rounding unit, truncation and rounding are of the same order,
 u^{2/3} relative; points and differences are taken in float64, the gradients in the model's own
-precision.
+precision. In half precision, also that of an autocast region inside the loss, ∛u is too far.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..problem import BilevelProblem, WeightedCall, added, by_frozen
-from .base import (
-    Products,
-    Substitute,
-    moving,
-    precisions,
-    refuse_maps,
-)
+from ..problem import BilevelProblem, WeightedCall, added, by_frozen, precisions
+from .base import Products, Substitute, moving, refuse_maps
+
+HALF = 2e-2
+"""The step in half precision.
+
+∛u is 0.2 in bfloat16: on trained networks truncation alone was 0.02 to 3 then, for roundings of
+single entries average out and curvature does not. At 0.02 errors are 0.03 to 0.14.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class CentralDifference(Products):
 
     Needs: one derivative, taken with the kernels the loop itself runs (fused attention, cuDNN,
     compiled models). Costs: two gradients a product and no graph: the memory of training. Errors
-    are about 1e-5 in float32 relative to ‖∇_y g‖/ε, 1e-10 in float64.
+    are about 1e-5 in float32 relative to ‖∇_y g‖/ε, 1e-10 in float64; 3 to 14 % of H v in
+    bfloat16, where double backward's are below 1 %.
 
     Args:
-        step: ε ‖v‖/(1 + ‖y‖); None takes ∛u of the model's precision.
+        step: ε ‖v‖/(1 + ‖y‖); None takes ∛u of what gradients are computed in, at most 0.02.
 
     Example:
         >>> import torch_bilevel as tb
@@ -89,7 +91,7 @@ class DifferencedPoint(Substitute):
         self.y = torch.cat([part.to(problem.inner.layout.device) for part in parts])
         if step is None:
             units = [torch.finfo(d).eps for d in precisions(problem, calls)]
-            step = max(units) ** (1 / 3)
+            step = min(max(units) ** (1 / 3), HALF)
         self.size = step * (1 + torch.linalg.vector_norm(self.y))
 
     def product(self, v: Tensor, inner: bool, outer: bool) -> tuple[Tensor, Tensor]:
