@@ -170,7 +170,8 @@ def test_groups_added_between_steps_before_the_first_hypergradient():
     t.o.outer_loss(lambda: t.f() + z.sum())
     t.run(train, 1)
     t.o.add_param_group({"params": [z]})
-    t.run(train, 2)
+    with pytest.warns(tb.NoOuterStepWarning, match="groups changed: 1 recorded"):
+        t.run(train, 2)
     assert tb.check_hypergradient(t.o).relative_error < 1e-6
 
 
@@ -800,7 +801,7 @@ def test_outer_step_without_a_hypergradient_says_so():
     t.o.outer_loss(t.f)
     t.run(t.o.inner_loss(t.g))
     with pytest.warns(
-        tb.NoOuterStepWarning, match="3 recorded inner steps were dropped"
+        tb.NoOuterStepWarning, match="3 recorded inner steps.*were dropped"
     ) as seen:
         t.outer.step()
     assert seen[0].filename == __file__  # the user's line, not the library's

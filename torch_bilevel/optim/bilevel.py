@@ -361,12 +361,9 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         if self.verify_every and self.outer_steps % self.verify_every == 0:
             self._recorder.verify_next = True
         report, self._step_report = self._step_report, None
-        if report is None and dropped:
-            self._warn_once(
-                NoOuterStepWarning,
-                f"outer.step() was called without a hypergradient: {dropped} recorded inner "
-                "steps were dropped. Call optimizer.outer_step(...), or back-propagate the "
-                "registered outer loss first.",
+        if report is None:
+            self._warn_dropped(
+                "outer.step() was called without a hypergradient", dropped
             )
         if report is not None:
             report.outer_step = self.outer_steps
@@ -390,6 +387,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         again = self._problem is not None
         self._problem = build(self.inners, self.outer, self._modules)
         if again:
+            self._warn_dropped("Parameter groups changed", len(self._recorder.window))
             self._recorder.restart()
             self._recorder.present = self._problem
             self._recorder.begin(self.proximal_term)

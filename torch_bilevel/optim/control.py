@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import estimators, products
-from ..errors import BilevelError
+from ..errors import BilevelError, NoOuterStepWarning
 from ..estimators import Estimate, Estimator, EstimatorMemory
 from ..inner import fresh_state
 from ..products import Products
@@ -113,6 +113,15 @@ class Control:
         if category not in self._warned:
             self._warned.add(category)
             warnings.warn(text, category, stacklevel=users_frame())
+
+    def _warn_dropped(self, why: str, count: int) -> None:
+        if count:
+            self._warn_once(
+                NoOuterStepWarning,
+                f"{why}: {count} recorded inner steps, which no outer step has made use of, were "
+                "dropped. Call optimizer.outer_step(...), or back-propagate the registered outer "
+                "loss and step, before.",
+            )
 
     def restart(self) -> None:
         """Start a new inner trajectory at the present parameters.

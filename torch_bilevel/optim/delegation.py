@@ -89,7 +89,7 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         return self.inners[0].defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to ``inner``; recorded steps are dropped.
+        """Add a group to ``inner``; recorded steps are dropped, with a warning.
 
         Args:
             param_group: as in ``torch.optim``.
