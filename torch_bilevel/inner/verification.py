@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from ..errors import NonFinite, OpaqueStep, ReplayMismatch, UnregisteredTerm
 from ..problem import BilevelProblem, WeightedCall, precisions
@@ -127,6 +128,7 @@ def raise_mismatch(
         f"norm {float(norms[0]):.4g}; consumed: norm {float(norms[1]):.4g}; cosine "
         f"{cosine:.6f})."
     )
+    _refuse_averages(seen)
     if compiled_with_dropout(problem):
         raise ReplayMismatch(
             f"{seen} The model is compiled and contains dropout: inductor draws another mask "
@@ -177,6 +179,18 @@ def raise_mismatch(
         "(no zero_grad()), or a batch or value that the loss reads from outside its arguments and "
         "that changed since (pass it as an argument)."
     )
+
+
+def _refuse_averages(seen: str) -> None:
+    """Explain a gradient that does not match where several processes may have averaged it."""
+    running = dist.is_available() and dist.is_initialized()
+    if running and dist.get_world_size() > 1:
+        raise ReplayMismatch(
+            f"{seen} A process group of {dist.get_world_size()} is running. If gradients are "
+            "averaged over its processes (DistributedDataParallel, FSDP), the step is not that of "
+            "the losses of this process, and products with the Hessian would need the same "
+            "average, which this library does not take. Train the inner problem in one process."
+        )
 
 
 def compiled_with_dropout(problem: BilevelProblem) -> bool:

@@ -29,7 +29,7 @@ from ..second_order import uncompiled_method
 from . import estimation
 from .constraining import Constraints
 from .control import Control
-from .delegation import DelegatingOptimizer
+from .delegation import DelegatingOptimizer, unwrapped
 from .hooks import take_over, weak
 from .levels import build, check_levels, check_options, fits, known_modules
 from .losses import outer_calls
@@ -125,7 +125,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         history: int = 1000,
     ):
         super().__init__(inner)
-        self.outer = outer
+        self.outer = outer = unwrapped(outer)
         check_levels(self.inners, outer)
         check_options(
             unused,
@@ -189,9 +189,8 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the inner parameters; outer ones are ``outer``'s business."""
-        self._recorder.pending = []
-        for optimizer in self.inners:
-            optimizer.zero_grad(set_to_none)
+        if self._reset_gradients(set_to_none):
+            self._recorder.pending = []
 
     def outer_step(self, *args: Any, **kwargs: Any) -> Report:
         """Take an outer step: hypergradient, then ``outer.step()``.

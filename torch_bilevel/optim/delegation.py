@@ -8,12 +8,36 @@ the inner optimizers through it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BilevelError
+
+
+def parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """Every parameter of some optimizers, in order."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+
+HOOKS = "_optimizer_step_pre_hooks"
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer whose hooks run, inside what Accelerate or Lightning prepared.
+
+    Their wrappers are optimizers by type, have no hooks or those of the optimizer they hold, and
+    pass ``step()`` on to it. A wrapper with hooks of its own is an optimizer of its own.
+    """
+    inside = getattr(optimizer, "optimizer", None)
+    if not isinstance(inside, torch.optim.Optimizer):
+        return optimizer
+    own = getattr(optimizer, HOOKS, None)
+    if own is not None and own is not getattr(inside, HOOKS, None):
+        return optimizer
+    return unwrapped(inside)
 
 
 class DelegatingOptimizer(torch.optim.Optimizer):
@@ -25,9 +49,9 @@ class DelegatingOptimizer(torch.optim.Optimizer):
 
     def __init__(self, inner: Any):
         self.inner = inner
-        self.inners: list[torch.optim.Optimizer] = (
-            list(inner) if isinstance(inner, (list, tuple)) else [inner]
-        )
+        # They may decide not to step, while gradients accumulate.
+        self._given = list(inner) if isinstance(inner, (list, tuple)) else [inner]
+        self.inners: list[torch.optim.Optimizer] = [unwrapped(o) for o in self._given]
         # What ``Optimizer.__init__`` sets up, without parameter groups of our own.
         for kind in ("step_pre", "step_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
@@ -55,13 +79,24 @@ class DelegatingOptimizer(torch.optim.Optimizer):
             if changed is not None:
                 args = changed[0]
                 closure = args[1] if len(args) > 1 else changed[1].get("closure")
-        first, *others = self.inners
+        first, *others = self._given
         result = first.step(closure) if closure else first.step()
         for optimizer in others:
             optimizer.step()
         for after in list(self._optimizer_step_post_hooks.values()):
             after(self, args, {})
         return result
+
+    def _reset_gradients(self, set_to_none: bool) -> bool:
+        """Whether they are reset: what a framework prepared leaves them while they accumulate."""
+        held = next((p for p in parameters(self.inners) if p.grad is not None), None)
+        gradient = None if held is None else held.grad
+        version = None if gradient is None else gradient._version
+        for optimizer in self._given:
+            optimizer.zero_grad(set_to_none)
+        if held is None or gradient is None:
+            return True
+        return held.grad is not gradient or gradient._version != version
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
