@@ -114,6 +114,7 @@ RMSPROP, ADAGRAD, ADADELTA = (
 )
 ADAMAX, NADAM, RADAM = torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam
 ASGD, RPROP, MUON = torch.optim.ASGD, torch.optim.Rprop, torch.optim.Muon
+ADAFACTOR = torch.optim.Adafactor
 DECAYED = {"weight_decay": 0.1, "maximize": True}
 DECOUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
 BETAS = {"betas": (0.5, 0.7), "eps": 1e-3}
@@ -173,6 +174,14 @@ OTHERS = {
         {},
         {"etas": (0.3, 1.4), "maximize": True},
         {"step_sizes": (0.015, 0.025)},
+        TENSOR,
+    ],
+    # RMS(y) is above and below ε₂, RMS(u) above and below d
+    ADAFACTOR: [
+        {"lr": 0.2},
+        {"lr": 0.9, "weight_decay": 0.1},
+        {"lr": 0.2, "beta2_decay": -0.3, "eps": (1e-3, 3.0), "d": 1.5},
+        {"maximize": True, "weight_decay": 0.1},
         TENSOR,
     ],
     MUON: [

@@ -6,6 +6,7 @@ Adding a rule is a file and an import line here; see ``docs/extending.md``.
 from torch.optim import Optimizer
 
 from .adadelta import ADADELTA as ADADELTA
+from .adafactor import ADAFACTOR as ADAFACTOR
 from .adagrad import ADAGRAD as ADAGRAD
 from .adagrad import fresh_state as fresh_state
 from .adam import ADAM as ADAM

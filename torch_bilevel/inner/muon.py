@@ -19,9 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import NoUpdateRule
 from .arithmetic import add, is_on, lerp, may_be_differentiated, number
-from .rule import Hyper, State, Stationarity, UpdateRule, l2_stationarity
+from .rule import Hyper, State, UpdateRule, without_decay
 
 
 def muon(
@@ -88,22 +87,9 @@ def _ratio(rule: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1, rows / columns))
 
 
-def muon_stationarity(
-    parameter: Tensor, gradient: Tensor | None, state: State, hyper: Hyper
-) -> Stationarity:
-    """∇_y g = 0 without weight decay.
-
-    Raises:
-        NoUpdateRule: with weight decay, where orthogonalisation leaves no diagonal equation.
-    """
-    if is_on(number(hyper["weight_decay"])):
-        raise NoUpdateRule(
-            f"Muon with weight_decay={hyper['weight_decay']} stands still where the "
-            "orthogonalised gradient balances the decay, which is not of the form "
-            "∇_y g + D y = 0 that implicit estimators solve. Put the penalty into the "
-            "registered loss and set weight_decay=0, or use the estimator 'unrolled'."
-        )
-    return l2_stationarity(parameter, gradient, state, hyper)
-
-
-MUON = UpdateRule(torch.optim.Muon, muon, muon_stationarity, elementwise=False)
+MUON = UpdateRule(
+    torch.optim.Muon,
+    muon,
+    without_decay("the orthogonalised gradient balances the decay"),
+    elementwise=False,
+)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoUpdateRule
-from .arithmetic import number
+from .arithmetic import is_on, number
 
 State = dict[str, Any]
 Hyper = Mapping[str, Any]
@@ -74,6 +74,28 @@ def l2_stationarity(
     """Weight decay added to the gradient: ±∇_y g + wd·y = 0."""
     sign = -1.0 if hyper.get("maximize") else 1.0
     return Stationarity(sign, number(hyper.get("weight_decay", 0.0)))
+
+
+def without_decay(where: str) -> StationarityOf:
+    """∇_y g = 0, for optimizers whose weight decay leaves no equation of the form above.
+
+    Args:
+        where: the place they stand still at with weight decay, in words.
+    """
+
+    def equation(
+        parameter: Tensor, gradient: Tensor | None, state: State, hyper: Hyper
+    ) -> Stationarity:
+        if is_on(number(hyper["weight_decay"])):
+            raise NoUpdateRule(
+                f"With weight_decay={hyper['weight_decay']} this optimizer stands still where "
+                f"{where}, which is not of the form ∇_y g + D y = 0 that implicit estimators "
+                "solve. Put the penalty into the registered loss and set weight_decay=0, or use "
+                "the estimator 'unrolled'."
+            )
+        return l2_stationarity(parameter, gradient, state, hyper)
+
+    return equation
 
 
 def find_rule(
