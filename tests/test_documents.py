@@ -82,6 +82,13 @@ def test_the_solver_and_the_rule_of_the_docs_work():
     made = space["SteepestDescent"](max_steps=100)
     found = made.solve(Operator(A.mv, 2), torch.tensor([1.0, 3.0]))
     torch.testing.assert_close(found.value, torch.ones(2))
+    # what has converged stays as it is, in any units
+    for scale in (1e-12, 1.0, 1e12):
+        b = scale * torch.tensor([0.1, 3.0])
+        found = space["SteepestDescent"](500).solve(Operator(A.mul(0.3).mv, 2), b)
+        torch.testing.assert_close(
+            0.3 * A @ found.value / scale, b / scale, rtol=1e-5, atol=1e-5
+        )
 
 
 class Lion(torch.optim.Optimizer):

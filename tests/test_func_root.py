@@ -625,3 +625,54 @@ def test_the_solver_may_use_autograd_and_keeps_nothing():
     torch.testing.assert_close(x.grad, torch.full((3,), 0.5))
     found = vmap(grad(lambda x: solve(torch.zeros(3), x).sum()))(torch.ones(2, 3))
     torch.testing.assert_close(found, torch.full((2, 3), 0.5))
+
+
+def test_solvers_that_write_into_what_they_are_given():
+    """Here y = x²; also NumPy's memory of it."""
+
+    def by_numpy(initial, x, c):
+        array = x.numpy()
+        array *= array
+        c.numpy()[:] = 7
+        return array
+
+    for write in (lambda initial, x, c: x.mul_(x) + c.zero_(), by_numpy):
+        solve = tb.func.implicit_root(lambda y, x, c: y - x**2 * c, solver="direct")(
+            write
+        )
+        x, c = torch.tensor([1.0, 3.0]), torch.ones(2)
+        found = grad(lambda x, c=c, solve=solve: solve(None, x, c).sum())(x)
+        torch.testing.assert_close(found, torch.tensor([2.0, 6.0]))
+        assert torch.equal(x, torch.tensor([1.0, 3.0])) and torch.equal(
+            c, torch.ones(2)
+        )
+
+
+def test_arrays_take_the_precision_of_their_own_start():
+    def solver(initial, x):
+        return {"a": np.ones(2) / 3, "b": np.ones(2) / 3}
+
+    condition = tb.func.implicit_root(
+        lambda y, x: {k: 3 * v - x.to(v) for k, v in y.items()}, solver="direct"
+    )
+    start = {"a": torch.zeros(2).float(), "b": torch.zeros(2).double()}
+    found = condition(solver)(start, torch.ones(2))
+    assert found["a"].dtype is torch.float32 and found["b"].dtype is torch.float64
+    assert torch.equal(found["b"], torch.ones(2).double() / 3)
+    alone = tb.func.implicit_root(lambda y, x: 3 * y - x, solver="direct")(
+        lambda initial, x: np.ones(2) / 3
+    )
+    for dtype in (torch.float32, torch.float64):
+        assert alone(None, torch.ones(2, dtype=dtype)).dtype is dtype
+
+
+def test_complex_arguments_are_not_differentiated():
+    solve = tb.func.implicit_root(
+        lambda y, x: y - (x.conj() * x).real, solver="direct"
+    )(lambda initial, x: (x.conj() * x).real)
+    x = torch.randn(3)
+    close = torch.testing.assert_close
+    close(solve(None, torch.fft.fft(x)), torch.fft.fft(x).abs() ** 2)
+    for derivative in (jacrev, jacfwd):
+        with pytest.raises(tb.UnsupportedParameter, match="complex tensor"):
+            derivative(lambda x: solve(None, torch.fft.fft(x)))(x)

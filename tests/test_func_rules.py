@@ -126,11 +126,12 @@ def test_a_learned_learning_rate(case):
         close(vmap(grad(outcome))(rates), found)
 
 
-def test_clipping_acts():
-    clipped = torchopt.chain(torchopt.clip.clip_grad_norm(0.5), torchopt.sgd(0.1, 0.9))
-    train = unroll(clipped, 1)(lambda y, x: 100 * (y * x).sum())
-    y = train(torch.zeros(2), torch.ones(2))
-    close(torch.linalg.vector_norm(y), torch.tensor(0.05), 1e-6, 0)
+def test_clipping_of_torchopt_is_refused():
+    """It takes the norm for a constant: values would be right, and no derivative."""
+    clip, sgd = torchopt.clip.clip_grad_norm(0.5), torchopt.sgd(0.1, 0.9)
+    for clipped in (clip, torchopt.chain(clip, sgd), torchopt.chain(sgd, clip, sgd)):
+        with pytest.raises(tb.NoUpdateRule, match="norm of the gradients for a const"):
+            unroll(clipped, 1)
 
 
 def test_a_rule_that_follows_a_schedule():
@@ -178,3 +179,20 @@ def test_what_is_no_rule():
         unroll(3, 3)
     with pytest.raises(TypeError, match="NoneType None for a rule"):
         unroll(lambda outer, step: None, 3)(square)(one, one)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.NAdam])
+def test_numbers_that_torch_keeps_in_float32_do_not_round_under_transforms(kind):
+    with torch.random.fork_rng():
+        y0, x = torch.randn(3), torch.randn(3)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # of the scalars of optimizer state
+    try:
+        train = unroll(rule(kind, lr=0.1), 5)(lambda y, x: ((y - x) ** 2).sum())
+        plain = train(y0, x)
+        (value, _) = torch.func.vjp(train, y0, x)
+        torch.testing.assert_close(value, plain, rtol=1e-14, atol=1e-14)
+        lanes = torch.func.vmap(train)(y0[None], x[None])[0]
+        torch.testing.assert_close(lanes, plain, rtol=1e-14, atol=1e-14)
+    finally:
+        torch.set_default_dtype(previous)

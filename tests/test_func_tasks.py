@@ -195,3 +195,24 @@ def test_bad_input():
         gradient(proximal_term=-1.0)
     with pytest.raises(ValueError, match="chunk_size"):
         gradient(chunk_size=0)
+
+
+def test_leaves_that_are_no_tensors_are_the_same_for_all_tasks():
+    x, (support, query) = torch.randn(SIZE), tasks()
+
+    def scaled(y, x, batch):
+        return batch["scale"] * loss(y, x, (batch["A"], batch["b"]))
+
+    def batches(pair):
+        return {"A": pair[0], "b": pair[1], "scale": 1, "name": "task", "none": None}
+
+    made = tb.func.task_gradient(
+        scaled, scaled, rule=f"sgd(lr={RATE})", num_steps=STEPS
+    )
+    found, _ = made(x, batches(support), batches(query))
+    torch.testing.assert_close(found, gradient()(x, support, query)[0])
+    alone = tb.func.task_gradient(
+        loss, lambda y, x, batch: (y**2).sum(), rule="sgd(lr=0.1)", num_steps=2
+    )
+    with_none, _ = alone(x, support, None)
+    torch.testing.assert_close(with_none, alone(x, support, ())[0])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacfwd, jvp, vmap
 
 import torch_bilevel as tb
 from torch_bilevel.func.rules import rule
@@ -161,3 +161,38 @@ def test_a_compiled_program_steps_out_for_other_memory(options):
     program = torch.compile(lambda y, x: f(y, x).sin().sum(), backend="aot_eager")
     (found,) = torch.autograd.grad(program(y, x), x)
     close(found, grad(lambda x: f(y, x).sin().sum())(x.detach()))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}, {"mode": "forward"}])
+def test_complex_data(options):
+    """Right where nothing differentiates it; where something does, right or refused."""
+    x, start = torch.randn(4), torch.zeros(4)
+
+    def g(y, x, c):
+        return ((y * c - x).abs() ** 2).sum() / 2
+
+    def outcome(x, c, **options):
+        return (unroll("sgd(lr=0.1)", 5, **options)(g)(start, x, c) ** 2).sum()
+
+    c = torch.fft.fft(torch.randn(4))
+    close(
+        grad(outcome)(x, c)
+        if not options
+        else grad(lambda x: outcome(x, c, **options))(x),
+        grad(outcome)(x, c),
+    )
+
+    def through(x):
+        return outcome(x, torch.fft.fft(x) / 4 + 1, **options)
+
+    eye = 1e-6 * torch.eye(4)
+    difference = torch.stack([(through(x + e) - through(x - e)) / 2e-6 for e in eye])
+    for derivative in (grad(through), jacfwd(through)):
+        if options:
+            with pytest.raises(
+                (tb.UnsupportedParameter, tb.errors.ArgumentCarriesGraph),
+                match="complex|data requires",
+            ):
+                derivative(x)
+        else:
+            torch.testing.assert_close(derivative(x), difference, rtol=1e-6, atol=1e-7)

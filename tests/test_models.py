@@ -298,3 +298,116 @@ def test_flags_recorded_with_the_call_not_with_the_hypergradient():
     model.eval()
     check = tb.check_hypergradient(optimizer, *batch)
     assert check.relative_error < 1e-6 and not model.training
+
+
+ALL = pytest.mark.parametrize(
+    "estimator",
+    [
+        "cg",
+        "direct",
+        "minres",
+        "gmres",
+        "unrolled",
+        "unrolled(keep_graph=True)",
+        "checkpointed",
+        "forward",
+    ],
+)
+
+
+def complex_parameters(estimator, odd=3):
+    """Filters of a Fourier operator, complex views of real parameters at odd places."""
+    torch.manual_seed(0)
+    X, target = torch.randn(12, 6), torch.randn(12, 6)
+    bias, c = nn.Parameter(torch.zeros(odd)), nn.Parameter(torch.randn(4, 2))
+    x = torch.tensor([-1.0], requires_grad=True)
+
+    def model(inputs):
+        spectrum = torch.fft.rfft(inputs) * torch.view_as_complex(c)
+        return torch.fft.irfft(spectrum, n=6) + bias.mean()
+
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([bias, c], lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        estimator=estimator,
+    )
+    train = optimizer.inner_loss(
+        lambda: F.mse_loss(model(X), target) + x.exp() * ((c**2).mean() + bias @ bias)
+    )
+    optimizer.outer_loss(lambda: F.mse_loss(model(X.flip(0)), target))
+    return optimizer, train, c
+
+
+@ALL
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_complex_views_of_real_parameters(estimator, odd):
+    torch.set_default_dtype(torch.float64)
+    optimizer, train, _ = complex_parameters(estimator, odd)
+    implicit = estimator in ("cg", "direct", "minres", "gmres")
+    for _ in range(800 if implicit else 3):
+        optimizer.zero_grad()
+        train().backward()
+        optimizer.step()
+    (found,) = optimizer.hypergradient()
+    assert found.abs() > 1e-3
+    if estimator == "forward":
+        optimizer, train, _ = complex_parameters("unrolled", odd)
+        for _ in range(3):
+            optimizer.zero_grad()
+            train().backward()
+            optimizer.step()
+        torch.testing.assert_close(found, optimizer.hypergradient()[0])
+        return
+    assert tb.check_hypergradient(optimizer).relative_error < 1e-6
+
+
+def test_gradients_through_complex_views_beside_kept_graphs():
+    """What the graph saved of the memory of a parameter was another reading of it."""
+    torch.set_default_dtype(torch.float64)
+    gradients = []
+    for estimator in ("unrolled(keep_graph=True)", "cg"):
+        _, train, c = complex_parameters(estimator)
+        train().backward()
+        gradients.append(c.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@ALL
+def test_embeddings_whose_gradient_is_sparse_or_no_derivative(estimator):
+    for options, error, words in (
+        ({"sparse": True}, tb.UnsupportedParameter, "is sparse.*sparse=True"),
+        ({"scale_grad_by_freq": True}, tb.InvalidLoss, "scale_grad_by_freq=True"),
+    ):
+        table = nn.Embedding(5, 2, **options)
+        x = torch.ones(3, requires_grad=True)
+        optimizer = tb.BilevelOptimizer(
+            torch.optim.SGD(table.parameters(), lr=0.1),
+            torch.optim.SGD([x], lr=0.1),
+            estimator=estimator,
+        )
+        rows = torch.tensor([0, 1, 1])
+        train = optimizer.inner_loss(
+            lambda table=table, x=x, rows=rows: (x[:, None] * table(rows) ** 2).sum()
+        )
+        optimizer.outer_loss(lambda table=table, rows=rows: table(rows).sum())
+        with pytest.raises(error, match=words):
+            train().backward()
+            optimizer.step()
+            optimizer.hypergradient()
+
+
+@pytest.mark.parametrize("estimator", ["forward", "forward_gradient", "unrolled", "cg"])
+def test_an_operation_without_a_second_derivative_is_named(estimator):
+    bag, x = nn.EmbeddingBag(5, 2), torch.ones(1, requires_grad=True)
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD(bag.parameters(), lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        estimator=estimator,
+    )
+    rows = torch.arange(4)[None]
+    train = optimizer.inner_loss(lambda: (x * bag(rows) ** 2).sum())
+    optimizer.outer_loss(lambda: bag(rows).sum())
+    with pytest.raises(tb.NoSecondDerivative, match="_embedding_bag_backward"):
+        train().backward()
+        optimizer.step()
+        optimizer.hypergradient()

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -893,3 +895,164 @@ def test_everything_at_once(dtype, mixed, bar, keep_graph):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         check = tb.check_hypergradient(optimizer, x, y)
     assert check.relative_error < bar
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled", "forward", "soba"])
+@pytest.mark.parametrize("later", [True, False])
+def test_step_hooks_that_change_gradients_are_seen_whenever_registered(
+    estimator, later
+):
+    t = Toy(estimator)
+
+    def decay(*_):
+        t.y.grad += 3 * t.y.detach()
+
+    if not later:
+        t.inner = SGD([t.y], lr=0.1)
+        t.inner.register_step_pre_hook(decay)
+        t.o = tb.BilevelOptimizer(t.inner, t.outer, estimator=estimator)
+    else:
+        t.inner.register_step_pre_hook(decay)
+    train = t.o.inner_loss(t.g)
+    t.o.outer_loss(t.f)
+    with pytest.raises(tb.UnregisteredTerm, match="not parallel"):
+        t.run(train)
+        t.o.hypergradient()
+
+
+def test_step_hooks_that_are_described():
+    """A clipping hook, registered after, with its description, as clipping in the loop."""
+    found = []
+    for hooked in (True, False):
+        t = Toy("unrolled")
+        train = t.o.inner_loss(t.g)
+        t.o.outer_loss(t.f)
+        t.o.gradient_transform(tb.clip_grad_norm(0.5))
+
+        def clip(*_, y=t.y):
+            nn.utils.clip_grad_norm_([y], 0.5)
+
+        if hooked:
+            t.inner.register_step_pre_hook(clip)
+        for _ in range(4):
+            t.o.zero_grad()
+            train().backward()
+            if not hooked:
+                clip()
+            t.o.step()
+        found += t.o.hypergradient()
+        assert tb.check_hypergradient(t.o).relative_error < 1e-6
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("noisy", [(0,), (1,), (1, 2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "estimator", ["unrolled", "unrolled(keep_graph=True)", "forward"]
+)
+def test_weights_perturbed_around_the_loss_are_refused(estimator, noisy):
+    """Weight noise, adversarial weights, SAM's second point; at some steps only."""
+    t = Toy(estimator)
+    train = t.o.inner_loss(lambda: (t.x.exp() * t.y**4).sum())
+    t.o.outer_loss(t.f)
+    with pytest.raises(tb.ReplayMismatch):
+        for k in range(4):
+            noise = 0.3 * torch.randn(3) * (k in noisy)
+            t.o.zero_grad()
+            with torch.no_grad():
+                t.y.add_(noise)
+            train().backward()
+            with torch.no_grad():
+                t.y.sub_(noise)
+            t.o.step()
+        t.o.hypergradient()
+
+
+@pytest.mark.parametrize("shapes", [[()] * 3, [(), (1,), (), (2,)]], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, partial(torch.optim.Adam, eps=1.0)])
+def test_neighbouring_scalars(kind, shapes):
+    """A state of one number a parameter looks like a scalar parameter's own."""
+    inner = [torch.rand(s).add(1).requires_grad_() for s in shapes]
+    x = torch.ones(1, requires_grad=True)
+    o = tb.BilevelOptimizer(
+        kind(inner, lr=0.05), SGD([x], lr=0.1), estimator="unrolled"
+    )
+    train = o.inner_loss(lambda: x * sum((y**4).sum() for y in inner))
+    o.outer_loss(lambda: sum(y.sum() for y in inner))
+    for _ in range(3):
+        o.zero_grad()
+        train().backward()
+        o.step()
+    assert tb.check_hypergradient(o).relative_error < 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Locked:
+    def __init__(self, loss, logits):
+        self.parts = [loss, logits]
+
+    @property
+    def loss(self):
+        return self.parts[0]
+
+
+@pytest.mark.parametrize("estimator", ["cg", "unrolled(keep_graph=True)"])
+@pytest.mark.parametrize("kind", [Frozen, Slots, Locked])
+def test_losses_inside_objects_that_cannot_be_written_to(kind, estimator):
+    t = Toy(estimator)
+    train = t.o.inner_loss(lambda: kind(t.g(), t.y * 2))
+    valid = t.o.outer_loss(lambda: kind(t.f(), t.y * 2))
+    if kind is Locked:
+        with pytest.raises(tb.InvalidLoss, match=r"Locked whose \.loss cannot be set"):
+            t.run(lambda: train().loss)
+            valid()
+        return
+    t.run(lambda: train().loss)
+    result = valid()
+    result.loss.backward()
+    assert type(result) is kind and not result.logits.requires_grad
+    plain = Toy(estimator)
+    plain.run(plain.o.inner_loss(plain.g))
+    plain.o.outer_loss(plain.f)().backward()
+    assert torch.equal(t.x.grad, plain.x.grad)
+
+
+def test_one_method_of_several_objects():
+    """Also of objects whose == gives a tensor, or is always true."""
+
+    @dataclasses.dataclass
+    class Task:
+        target: torch.Tensor
+
+        def valid(self):
+            return ((t.y - self.target) ** 2).sum()
+
+    t = Toy("cg")
+    tasks = [Task(torch.zeros(3)), Task(torch.ones(3))]
+    losses = [t.o.outer_loss(task.valid) for task in tasks]
+    assert len(t.o.outer_losses) == 2
+    for loss, task in zip(losses, tasks, strict=True):
+        assert torch.equal(loss().detach(), task.valid().detach())
+    with pytest.warns(tb.BilevelWarning, match="registered before"):
+        t.o.outer_loss(tasks[0].valid)
+
+
+@pytest.mark.parametrize("estimator", ["forward", "forward_gradient", "unrolled", "cg"])
+def test_gradients_set_by_hand_are_named(estimator):
+    t = Toy(estimator)
+    train = t.o.inner_loss(t.g)
+    t.o.outer_loss(t.f)
+    with pytest.raises(tb.UnregisteredTerm, match="no call of a registered inner loss"):
+        (t.y.grad,) = torch.autograd.grad(train(), [t.y])
+        t.o.step()
+        t.o.hypergradient()

@@ -301,7 +301,8 @@ def test_a_window_of_the_last_steps(window):
     assert sum(record.has_iterate for record in records) in (1, 2)
     assert len(records) <= max(1, min(11, 2 * window - 1))
     found = along(optimizer, coordinates(2), 1e-7, window=window)
-    expected = indirect(program(case, x, 11, f"unrolled{option}"))
+    unrolled = f"unrolled{option}"
+    expected = indirect(program(case, x, 11, unrolled), estimator=unrolled)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
     optimizer.hypergradient()
     assert optimizer.last_report.steps == min(window, 11)

@@ -726,3 +726,75 @@ def test_the_warning_about_the_step_size_comes_once():
         optimizer.outer_step(ALL)
     step(problem, optimizer, ALL)
     optimizer.outer_step(ALL)
+
+
+@pytest.mark.parametrize("how", ["keyword", "position"])
+@pytest.mark.parametrize(
+    "estimator, tolerance",
+    [
+        ("direct", 1e-12),
+        ("stochastic_neumann(num_steps=300, step_size=0.1)", 1e-9),
+        ("stochastic_richardson(num_steps=300, step_size=0.1)", 1e-9),
+        ("sgd(num_steps=300, lr=0.1)", 1e-9),
+    ],
+)
+def test_samples_keep_the_other_arguments_of_a_call(estimator, tolerance, how):
+    """g = ‖y − x‖²/2 + l2 ‖y‖²/2, called with l2 = 4 on data that knows nothing of it."""
+    X, y, x = torch.eye(3), *(torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.1), torch.optim.SGD([x], lr=0.1), estimator=estimator
+    )
+
+    @optimizer.inner_loss(data=[(X,)])
+    def train(X, l2=0.0):
+        return ((X @ (y - x)) ** 2).sum() / 2 + l2 * (y**2).sum() / 2
+
+    optimizer.outer_loss(lambda: ((y - 3) ** 2).sum() / 2)
+    (train(X, l2=4.0) if how == "keyword" else train(X, 4.0)).backward()
+    optimizer.step()
+    (found,) = optimizer.hypergradient()
+    torch.testing.assert_close(
+        found, (y.detach() - 3) / 5, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("memory", ["sarah(period=1)", "storm", "plain"])
+def test_directions_keep_the_other_arguments_of_a_call(memory):
+    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        estimator=f"joint(memory={memory!r})",
+    )
+
+    @optimizer.inner_loss(data=[(torch.eye(3),)])
+    def train(X, l2=0.0):
+        return ((X @ (y - x)) ** 2).sum() / 2 + l2 * (y**2).sum() / 2
+
+    @optimizer.outer_loss(data=[(torch.ones(3),)])
+    def valid(target, scale=1.0):
+        return scale * ((y - target) ** 2).sum() / 2
+
+    train(X=torch.eye(3), l2=4.0).backward()
+    optimizer.step()
+    torch.testing.assert_close(y.detach(), torch.full((3,), 0.6))
+    optimizer.outer_step(target=torch.ones(3), scale=2.0)
+
+
+def test_a_further_tensor_beside_data_is_refused():
+    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        estimator="stochastic_neumann(num_steps=3, step_size=0.1)",
+    )
+    train = optimizer.inner_loss(
+        lambda X, w: (w * (X @ (y - x)) ** 2).sum(), data=[(torch.eye(3),)]
+    )
+    optimizer.outer_loss(lambda: (y**2).sum())
+    train(torch.eye(3), torch.rand(3)).backward()
+    optimizer.step()
+    with pytest.raises(
+        tb.BilevelError, match=r"more than the 1 argument.*shape \(3,\)"
+    ):
+        optimizer.hypergradient()

@@ -7,6 +7,7 @@ the vector. Vectors are at least float32, so bfloat16 parameters get float32 sol
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property, reduce
 
@@ -23,6 +24,9 @@ class Layout:
     Args:
         tensors: the parts, in order; only their metadata is kept.
         names: one name per part, used in messages.
+
+    Attributes:
+        paired: parts are to begin at even places in memory, for they are read as complex numbers.
     """
 
     def __init__(self, tensors: Sequence[Tensor], names: Sequence[str]):
@@ -37,6 +41,7 @@ class Layout:
         even = {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
         # the C++ of PyTorch 2.9 forgets shapes without entries
         self._even = even and all(self.sizes)
+        self.paired = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and (
@@ -68,6 +73,16 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The vector as parts of the recorded shapes, dtypes and devices."""
+        if not self.paired:
+            return self._split(vector)
+        # by the sizes, for a part that a transform has wrapped does not tell
+        starts = itertools.accumulate(self.sizes, initial=0)
+        return [
+            part.clone() if start % 2 else part
+            for start, part in zip(starts, self._split(vector), strict=False)
+        ]
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
         constant = (
             not vector.requires_grad
         )  # the derivative fills a vector for each part

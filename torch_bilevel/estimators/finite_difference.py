@@ -139,7 +139,7 @@ class FiniteDifference(Estimator):
         """∇Φ ≈ ∂_x f − J v,  v = η ∂_y f; see `Estimator.estimate`."""
         check_declared(situation)
         problem = situation.problem
-        steps = situation.window.steps()[-(self.cross_calls or 0) :]
+        steps = situation.window.steps(self.cross_calls)
         calls = mean_calls([step.calls for step in steps])
         v = outer.inner * self._spread(problem, situation.optimizers)
         at = System(situation, calls, damping=0.0)

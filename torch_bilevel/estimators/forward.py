@@ -20,8 +20,12 @@ from torch import Tensor
 from .. import _checks
 from .._registry import changed, describe
 from ..errors import NoInnerStep, SolverLimit
-from ..inner import Tangents, Window, check_mismatch
-from ..problem import BilevelProblem, OuterGradients
+from ..inner import Tangents, Window, check_mismatch, refuse_unregistered
+from ..problem import (
+    BilevelProblem,
+    OuterGradients,
+    raise_if_no_second_derivative,
+)
 from .base import Estimate, Estimator, Situation, Wording, rules_of
 
 
@@ -65,17 +69,24 @@ class Following(abc.ABC):
         window, problem = situation.window, situation.problem
         if window.tangents is None:
             window.tangents = Tangents(problem, self.basis(problem, window.number))
-        rules = rules_of(situation.optimizers)
-        window.tangents.advance(problem, window.records[-1], rules, situation.loop)
+        rules, record = rules_of(situation.optimizers), window.records[-1]
+        refuse_unregistered(record)
+        try:
+            window.tangents.advance(problem, record, rules, situation.loop)
+        except RuntimeError as error:
+            raise_if_no_second_derivative(error)
+            raise
 
     def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
         """∇Φ = ∂_x f + Σ_i ⟨z_i, ∂_y f⟩ e_i; see `Estimator.estimate`."""
-        tangents = situation.window.tangents
-        if tangents is None:
+        tangents, count = situation.window.tangents, situation.window.count
+        if tangents is None or tangents.steps < count:
+            followed = 0 if tangents is None else tangents.steps
             raise NoInnerStep(
-                "The steps since the last outer step were recorded for an estimator that "
-                f"follows no tangents, so {self} has nothing to go by. Set optimizer.estimator = "
-                f"{str(self)!r} before the steps it is to differentiate."
+                f"{self} has carried tangents through {followed} of the {count} inner steps since "
+                "the last outer step; the others were recorded for another estimator. Set "
+                f"optimizer.estimator = {str(self)!r} before the steps it is to differentiate, "
+                "best right after an outer step."
             )
         problem, (*_, last) = situation.problem, situation.window
         values = [tensor.detach() for tensor in problem.inner.tensors]

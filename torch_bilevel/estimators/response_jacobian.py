@@ -179,7 +179,7 @@ class ResponseJacobian(Estimator):
         Raises:
             NoInnerStep: the window was recorded for an estimator that keeps no iterate.
         """
-        steps, records = situation.window.steps(), list(situation.window)
+        steps, records = situation.window.steps(self.window), list(situation.window)
         if not records[0].has_iterate or not all(r.replayable for r in records):
             raise NoInnerStep(
                 "The steps since the last outer step were recorded for an estimator that keeps "

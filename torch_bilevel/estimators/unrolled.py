@@ -104,7 +104,7 @@ class Unrolled(Estimator):
 
     def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
         """∇Φ = ∂_x f + Σ_k J_k Ḡ_k + ȳ_0; see `Estimator.estimate`."""
-        steps = situation.window.steps()
+        steps = situation.window.steps(self.window)
         records = list(situation.window)
         earlier = records[: len(records) - len(steps)]
         whole = all(record.replayable for record in records)

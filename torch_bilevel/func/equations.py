@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UnsolvedWarning
 from ..solvers import Operator, Solution, Solver, may_look, transformed
-from .levels import refuse_forward_over_forward
+from .levels import check_operands
 from .matrices import Below, Jacobian, Matrix, lanes_at, with_lanes
 from .trees import pull, push
 
@@ -196,7 +196,7 @@ def implicit(equation: Equation, *theta: Tensor) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling():  # custom functions are not part of a program
         return equation.solve(*theta)
-    refuse_forward_over_forward(theta, equation.owner)
+    check_operands(theta, equation.owner)
     return _Implicit.apply(equation, *theta)  # type: ignore[return-value]
 
 

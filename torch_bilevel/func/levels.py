@@ -17,7 +17,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd import forward_ad
 
-from ..errors import ForwardOverForward
+from ..errors import ForwardOverForward, UnsupportedParameter
 from ..solvers import differentiated
 
 _DEAD = -2  # the level of what is left of a transform that has returned
@@ -63,10 +63,9 @@ def _at_this_level(tensor: Tensor, level: int) -> set[tuple[int, str]]:
     found = set()
     if tensor.requires_grad:
         found.add((level, "Grad"))
-    if (
-        tensor.is_floating_point()
-        and forward_ad.unpack_dual(tensor).tangent is not None
-    ):
+    if (tensor.is_floating_point() or tensor.is_complex()) and forward_ad.unpack_dual(
+        tensor
+    ).tangent is not None:
         found.add((level, "Jvp"))
     return found
 
@@ -126,19 +125,28 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def refuse_forward_over_forward(tensors: Iterable[Tensor], what: str) -> None:
-    """Raise where two forward modes meet in what is to become a custom function.
+def check_operands(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise where what is to become a custom function would lose a derivative.
 
-    The tangent of a custom function is computed from tensors it saved, and PyTorch saves them
-    without the tangents of the outer forward mode: the mixed term would be missing.
+    Complex operands are constants to it. Two forward modes must not meet in it: its tangent is
+    computed from tensors it saved, and PyTorch saves them without the tangents of the outer
+    forward mode, so that the mixed term would be missing.
 
     Args:
         tensors: the operands.
         what: what is being differentiated, the subject of the message.
 
     Raises:
+        UnsupportedParameter: a complex operand is differentiated.
         ForwardOverForward: the operands carry two levels of forward mode.
     """
+    tensors = list(tensors)
+    if any(tensor.is_complex() and derivatives(tensor) for tensor in tensors):
+        raise UnsupportedParameter(
+            f"{what} was given a complex tensor that is differentiated, and knows derivatives of "
+            "real ones only. Pass what it was made of, or torch.view_as_real(tensor) and "
+            "torch.view_as_complex inside, or detach() it if it is a constant."
+        )
     stack = _functorch.get_interpreter_stack() or []
     if not any(level.key() == _functorch.TransformType.Jvp for level in stack):
         return  # at most the one of dual numbers; looking at every tensor takes time

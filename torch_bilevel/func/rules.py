@@ -195,7 +195,23 @@ def resolve(given: Any, outer: Any, step: int) -> Any:
             "'sgd(lr=0.1)', a gradient transformation with init and update, or a function of "
             "(outer, step) that returns one of these."
         )
+    _refuse_clipping(found)
     return found
+
+
+def _refuse_clipping(found: Any) -> None:
+    """Refuse what of TorchOpt computes without derivative.
+
+    Raises:
+        NoUpdateRule: a norm of gradients is a constant to it.
+    """
+    for part in (found, *getattr(found, "transformations", ())):
+        if getattr(part.update, "__module__", None) == "torchopt.clip":
+            raise NoUpdateRule(
+                "torchopt.clip.clip_grad_norm takes the norm of the gradients for a constant, so "
+                "the derivative of a step would be wrong. Write the clipping as a transformation "
+                "of your own, init and update, with torch operations."
+            )
 
 
 def is_rule(given: Any) -> bool:

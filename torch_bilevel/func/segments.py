@@ -21,7 +21,7 @@ from ..errors import ArgumentCarriesGraph, NoSecondDerivative, UnnamedClosure
 from ..second_order import opaque
 from . import trees
 from .evaluation import Conditions, on_constants
-from .levels import batches, derivatives, refuse_forward_over_forward
+from .levels import batches, check_operands, derivatives
 
 _UNCOMPILED = "tb.func.unroll with"
 _INSTEAD = (
@@ -129,9 +129,7 @@ def recomputed(steps: Any, at: Any, start: int, stop: int, every: int) -> list[T
         last = min(first + every, stop)
         piece = at._replace(data=steps.batches(at.data, first, last))
         stretch = Stretch(steps, piece, first, last)
-        refuse_forward_over_forward(
-            stretch.operands.tensors, "unroll(checkpoint_every=...)"
-        )
+        check_operands(stretch.operands.tensors, "unroll(checkpoint_every=...)")
         tensors = _Recomputed.apply(stretch, *stretch.take())
         inner, state = stretch.result.tree(tensors)
         at = at._replace(inner=inner, state=state)
@@ -218,7 +216,7 @@ def final_by_tangents(steps: Any, at: Any, start: int, stop: int) -> list[Tensor
     if not count:
         return list(stretch(*tensors)[: len(at.inner)])
     _refuse_twice([tensors[i] for i in which])
-    refuse_forward_over_forward(tensors, "unroll(mode='forward')")
+    check_operands(tensors, "unroll(mode='forward')")
     found = _ByTangents.apply(stretch, which, len(at.inner), *tensors)
     return list(found[: len(at.inner)])
 

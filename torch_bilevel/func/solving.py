@@ -78,19 +78,25 @@ class Run:
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors of what the solver returns."""
         initial, outer, data = self.arguments.tree(tensors[: self.count])
-        initial = pytree.tree_map(_own, initial)  # solvers may write into it
+        # solvers may write into what they are given
+        initial, outer, data = pytree.tree_map(_own, (initial, outer, data))
         with self.named.replaced_by(tensors[self.count :]):
             found = self.solve(initial, outer, *data)
-        found = pytree.tree_map(self._tensor, found)
+        leaves, structure = pytree.tree_flatten(found)
+        like = self.like
+        if len(like) != len(leaves):
+            other = [t for t in tensors if t.is_floating_point()]
+            like = [*like, *other, torch.empty(())][:1] * len(leaves)
+        found = pytree.tree_unflatten(map(_tensor, leaves, like), structure)
         self.returned = Operands(found)
         return self.returned.tensors
 
-    def _tensor(self, leaf: Any) -> Any:
-        """A NumPy array or a number as a tensor, in the dtype of the start."""
-        if isinstance(leaf, Tensor) or not hasattr(leaf, "__array__"):
-            if not isinstance(leaf, float):
-                return leaf
-        like = self.like[0] if self.like else torch.empty(())
-        found = torch.as_tensor(leaf)
-        real = found.is_floating_point() and like.is_floating_point()
-        return found.to(like.device, like.dtype if real else found.dtype)
+
+def _tensor(leaf: Any, like: Tensor) -> Any:
+    """A NumPy array or a number as a tensor, in the dtype of the start."""
+    if isinstance(leaf, Tensor) or not hasattr(leaf, "__array__"):
+        if not isinstance(leaf, float):
+            return leaf
+    found = torch.as_tensor(leaf)
+    real = found.is_floating_point() and like.is_floating_point()
+    return found.to(like.device, like.dtype if real else found.dtype)

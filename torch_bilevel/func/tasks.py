@@ -131,8 +131,10 @@ class TaskGradient:
         return self._over_tasks(lambda s: self._adapted(outer, s), support)
 
     def _over_tasks(self, one: Callable[..., Any], *batches: Any) -> Any:
+        # what is no tensor is the same for all tasks
+        axes = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batches)
         return torch.func.vmap(
-            one, chunk_size=self.chunk_size, randomness=self.randomness
+            one, axes, chunk_size=self.chunk_size, randomness=self.randomness
         )(*batches)
 
     def _pulled(self, inner: Any, given: Any, batch: Any) -> Any:
@@ -207,7 +209,8 @@ def task_gradient(
 
     ``task_gradient(g, f, ...)(outer, support, query)`` returns (gradient, report): a pytree like
     ``outer`` and a `TaskReport`. Every tensor of ``support`` and ``query`` has a leading axis of
-    tasks. ``.adapt(outer, support)`` gives the adapted inner variables, for test time.
+    tasks; other leaves are the same for all. ``.adapt(outer, support)`` gives the adapted inner
+    variables, for test time.
 
     ====================  =============================================================
     MAML                  the defaults

@@ -43,6 +43,7 @@ from .trajectory import Window as Window
 from .transforms import GradientTransform as GradientTransform
 from .transforms import clip_grad_norm as clip_grad_norm
 from .transforms import clip_grad_value as clip_grad_value
+from .verification import refuse_unregistered as refuse_unregistered
 from .verification import tolerance as tolerance
 from .verification import verify as verify
 

@@ -25,6 +25,12 @@ def number(value: Scalar) -> Scalar:
     return float(value)
 
 
+def exact(value: Scalar) -> Scalar:
+    """As `number`, where torch keeps a number in a float32 tensor and computes in float64."""
+    found = number(value)
+    return found.double() if isinstance(found, Tensor) else found
+
+
 def may_be_differentiated(value: Tensor) -> bool:
     """Whether a tensor has a derivative, or may have one: batched, dual, of a program."""
     return (

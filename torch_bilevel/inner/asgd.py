@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arithmetic import add, decayed, number
+from .arithmetic import add, decayed, exact, number
 from .rule import Hyper, State, Stationarity, UpdateRule, l2_stationarity
 
 
@@ -34,7 +34,7 @@ def asgd(
     eta = state.get("eta", _scalar(lr, parameter))
     mu = state.get("mu", _scalar(1.0, parameter))
     parameter, g = decayed(parameter, gradient, hyper)
-    rate = number(eta)
+    rate = exact(eta)
     y = add(parameter * (1 - lambd * rate), g, alpha=-rate)
     ax = state.get("ax")
     if ax is None or float(mu.detach()) == 1:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adam import adam_stationarity
-from .arithmetic import Scalar, addcdiv, addcmul, decayed, lerp, number, root
+from .arithmetic import Scalar, addcdiv, addcmul, decayed, exact, lerp, number, root
 from .rule import Hyper, State, UpdateRule
 
 
@@ -52,7 +52,7 @@ def nadam(
         "exp_avg": m,
         "exp_avg_sq": v,
     }
-    product = number(product)
+    product = exact(product)
     denominator = root(v / (1 - beta2**step)) + hyper["eps"]
     of_g = number(-lr * (1 - mu) / (1 - product))
     of_m = number(-lr * mu_next / (1 - product * mu_next))

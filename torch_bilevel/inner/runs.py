@@ -69,6 +69,8 @@ def _alike(
         and gradients[one] is not None
         and gradients[other] is not None
         and (a.dtype, a.device) == (b.dtype, b.device)
+        # a state of one number for each of them has the shape of a 0-dim parameter
+        and (a.dim() > 0 or b.dim() > 0)
         and bars[one].keys() == bars[other].keys()
         and states[one].keys() == states[other].keys()
         and all(

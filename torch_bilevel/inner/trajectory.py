@@ -37,6 +37,7 @@ class Part:
         groups: per parameter, the index of its group.
         present: per parameter, whether it had a gradient (torch skips it otherwise).
         values: the parameters before the step; None if not recorded.
+        versions: of the parameters then, None likewise.
         state: the optimizer state before the step, per parameter; None if not recorded.
         gradient: what the step consumed, kept for the step that is verified.
     """
@@ -45,6 +46,7 @@ class Part:
     groups: list[int]
     present: list[bool]
     values: list[Tensor] | None = None
+    versions: list[int] | None = None
     state: list[dict[str, Any]] | None = None
     gradient: list[Tensor | None] | None = None
 
@@ -90,6 +92,10 @@ class StepRecord:
         return [
             v for index in sorted(self.parts) for v in self.parts[index].values or ()
         ]
+
+    def versions(self) -> list[int]:
+        """Of the parameters before the step, over all inner optimizers."""
+        return [v for i in sorted(self.parts) for v in self.parts[i].versions or ()]
 
     def states(self) -> list[dict[str, Any]]:
         """The optimizer state before the step, over all inner optimizers."""
@@ -155,10 +161,9 @@ class Window:
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.records)
 
-    def steps(self) -> list[StepRecord]:
-        """The steps an estimator may use: all, or the last ``last``."""
-        records = list(self.records)
-        return records if self.last is None else records[-self.last :]
+    def steps(self, last: int | None = None) -> list[StepRecord]:
+        """The steps that are kept: all, or the last ``last``, which an estimator is about."""
+        return list(self.records)[-(last or 0) :]
 
     def wants_iterate(self) -> bool:
         """Whether the next step's starting point is to be copied."""
@@ -176,6 +181,7 @@ class Window:
             for call, _ in record.calls:
                 if call.kept is not None:
                     call.kept.saved.values = record.values()
+                    call.kept.saved.versions = record.versions()
             moved = record.present()
             self.moved = [
                 a or b for a, b in zip(self.moved or moved, moved, strict=True)
@@ -251,10 +257,18 @@ class Window:
         room = len(self) * (self.max_bytes - used) // max(used, 1)
         self._check_at = self.count + max(1, min(16 + len(self) // 4, room))
 
-    def adopt(self, other: Window) -> None:
-        """Take over another window's steps (the estimator changed in mid-window)."""
+    def adopt(self, other: Window, follows: bool) -> None:
+        """Take over another window's steps (the estimator changed in mid-window).
+
+        Args:
+            other: the window.
+            follows: its tangents are those of the new estimator too.
+        """
         self.records.extend(other.records)
         self.count, self.number = other.count, other.number
+        self.tangents = other.tangents if follows else None
+        if self.iterates and other.iterates:
+            self.moved, self.versions = other.moved, other.versions
         if self.pool.device == other.pool.device:
             self.pool = other.pool
 
@@ -334,6 +348,7 @@ def take_part(
     )
     if pool is not None:
         part.values = pool.copy(parameters)
+        part.versions = [parameter._version for parameter in parameters]
         part.state = copy_states([optimizer.state.get(p, {}) for p in parameters], pool)
     if gradients:
         part.gradient = [

@@ -47,7 +47,6 @@ def verify(problem: BilevelProblem, record: StepRecord, loop: Loop) -> None:
         UnregisteredTerm: they differ in direction (a term outside the registered losses).
     """
     layout = problem.inner.layout
-    actual = layout.flatten(record.gradients())
     with problem.inner.swapped():
         problem.inner.overwrite(record.values())
         again = problem.inner_gradients(record.calls)
@@ -61,6 +60,7 @@ def verify(problem: BilevelProblem, record: StepRecord, loop: Loop) -> None:
             [torch.linalg.vector_norm(layout.flatten(part)) for part in parts]
         ).sum()
     expected = _expected(problem, record, loop, again)
+    actual = layout.flatten(record.gradients())
     error = torch.linalg.vector_norm(expected - actual)
     size = torch.maximum(
         torch.linalg.vector_norm(expected), torch.linalg.vector_norm(actual)
@@ -94,6 +94,23 @@ def _expected(
     with torch.no_grad():
         used = loop.transformed(gradients, present, problem.inner.tensors)
     return problem.inner.layout.flatten(used)
+
+
+def refuse_unregistered(record: StepRecord) -> None:
+    """Refuse a step that consumed the gradient of nothing that is registered.
+
+    Raises:
+        UnregisteredTerm: with what to write.
+    """
+    if not record.calls:
+        raise UnregisteredTerm(
+            f"Inner step {record.index} since the last outer step consumed a gradient, but "
+            "no call of a registered inner loss was back-propagated into .grad of an inner "
+            "parameter for it. Compute the training loss through the function registered "
+            "with @optimizer.inner_loss and call .backward() (torch.autograd.grad does not "
+            "count), or wrap steps that are not part of the inner problem in `with "
+            "optimizer.paused():`."
+        )
 
 
 def raise_mismatch(
@@ -175,9 +192,10 @@ def raise_mismatch(
         "of the training loss (penalties, auxiliary losses) into the registered inner loss, or "
         "register it as another inner loss. Other causes: a gradient edited by hand or by a "
         "hook, element-wise clipping without gradient_transform(tb.clip_grad_value(...)), a "
-        "random operation with a generator of its own, gradients left over from before "
-        "(no zero_grad()), or a batch or value that the loss reads from outside its arguments and "
-        "that changed since (pass it as an argument)."
+        "random operation with a generator of its own, backward(inputs=...) with some of the "
+        "parameters only, gradients left over from before (no zero_grad()), or a batch or value "
+        "that the loss reads from outside its arguments and that changed since (pass it as an "
+        "argument)."
     )
 
 

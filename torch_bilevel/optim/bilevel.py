@@ -279,7 +279,8 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         situation = self._situation(memory.copy())
         chosen = estimator or self._estimator
         chosen.check(self.inners)
-        estimation.check_window(situation, self.outer_steps, self._recorder.leftover)
+        left = self._recorder.leftover
+        estimation.check_window(situation, chosen, self.outer_steps, left)
         # The caller may be inside an autocast region of its own.
         with autocast(self.problem.no_autocast):
             if self._recorder.to_verify is not None:

@@ -122,7 +122,7 @@ def check_hypergradient(
     parts = optimizer._estimate(calls, names, None, chosen)
     problem = optimizer.problem
     gradient = problem.outer.layout.flatten(parts)
-    steps = optimizer._recorder.window.steps()
+    steps = optimizer._recorder.window.steps(chosen.new_window(None).last)
     level = tolerance(problem, [call for step in steps for call in step.calls])
     replays = chosen.unrolls
     runner = Runner(optimizer, steps, calls, 1 if replays else max_steps, _STILL[level])
@@ -184,15 +184,18 @@ class Runner:
         self.still = still
         self.num_steps = 0
         self.settled = True
+        self.before: list[
+            StepRecord
+        ] = []  # of the window, through which x is a constant
         first = self.steps[0]
         once = max_steps == 1
         if once and not first.has_iterate:  # under checkpoint_every and window
             records = list(optimizer._recorder.window)
-            start = records.index(first)
-            while not records[start].has_iterate:
+            start = [record.index for record in records].index(first.index)
+            while not first.has_iterate:
                 start -= 1
-            self.steps = records[start:]
-            first = self.steps[0]
+                first = records[start]
+                self.before.insert(0, first)
         self.start = (
             [v.clone() for v in first.values()]
             if once
@@ -206,6 +209,15 @@ class Runner:
 
     def outer_start(self) -> Tensor:
         """x, flat; an initialisation has the value it had when the trajectory began."""
+        if self.before:
+            self.problem.inner.overwrite(self.start)
+            self._put_states()
+            for step in self.before:
+                self._take(step)
+            self.start = [t.detach().clone() for t in self.problem.inner.tensors]
+            owned = _owned(self.optimizer.inners)
+            self.states = [copy.deepcopy(dict(o.state[p])) for o, p in owned]
+            self.before = []
         x = self.problem.outer.read()
         began = self.start if self.loop.proximal is None else self.loop.proximal.anchor
         values = self.problem.inner.layout.flatten(began)
@@ -230,10 +242,7 @@ class Runner:
         if near is not None:
             near = replace(near, anchor=self._with_initial(near.anchor, x))
             self.loop = replace(self.loop, proximal=near)
-        for (owner, parameter), state in zip(
-            _owned(self.optimizer.inners), self.states, strict=True
-        ):
-            owner.state[parameter] = copy.deepcopy(dict(state))
+        self._put_states()
         self.num_steps = 0
         while True:
             before = self.problem.inner.read()
@@ -254,6 +263,12 @@ class Runner:
                 value = scalar(self.problem.run(call), call.name).detach()
                 total += float(value) * float(weight)
         return total
+
+    def _put_states(self) -> None:
+        """The state the run starts from, in the user's own optimizers."""
+        owned = _owned(self.optimizer.inners)
+        for (owner, parameter), state in zip(owned, self.states, strict=True):
+            owner.state[parameter] = copy.deepcopy(dict(state))
 
     def _take(self, step: StepRecord) -> None:
         """One recorded step by the user's own optimizers, their hooks silenced."""

@@ -63,11 +63,11 @@ class Control:
         chosen = estimators.parse(value)
         chosen.check(self.inners)
         chosen.check_outer(self.outer)
-        self._estimator = chosen
+        before, self._estimator = self._estimator, chosen
         self._recorder.directs = chosen.directs
         self._forget_adjoints()
         window = chosen.new_window(self.max_record_bytes)
-        window.adopt(self._recorder.window)
+        window.adopt(self._recorder.window, follows=chosen == before)
         self._recorder.window = window
 
     @property

@@ -21,6 +21,7 @@ from ..errors import (
     ZeroHypergradientWarning,
 )
 from ..estimators import Estimate, Estimator, Situation
+from ..inner import refuse_unregistered
 from ..problem import (
     BilevelProblem,
     OuterGradients,
@@ -97,17 +98,20 @@ def run(
     return gradients, report, estimate
 
 
-def check_window(situation: Situation, outer_steps: int, leftover: bool) -> None:
-    """Refuse when there is nothing to differentiate.
+def check_window(
+    situation: Situation, estimator: Estimator, outer_steps: int, leftover: bool
+) -> None:
+    """Refuse when there is nothing to differentiate, or less than the estimator is about.
 
     Args:
         situation: has the window.
+        estimator: what is to differentiate.
         outer_steps: how many outer steps were taken.
         leftover: gradients of the first step were still there when the second began.
 
     Raises:
         BilevelError: inside ``torch.inference_mode()``.
-        NoInnerStep: no step was recorded.
+        NoInnerStep: no step was recorded, or those kept are too few.
         UnregisteredTerm: a step consumed a gradient that no registered loss explains.
     """
     if torch.is_inference_mode_enabled():
@@ -115,7 +119,8 @@ def check_window(situation: Situation, outer_steps: int, leftover: bool) -> None
             "hypergradient() was called inside torch.inference_mode(), where nothing can be "
             "differentiated. Call it outside."
         )
-    steps = situation.window.steps()
+    last = estimator.new_window(None).last
+    steps = situation.window.steps(last)
     if not steps:
         raise NoInnerStep(
             "No inner step has been recorded since the last outer step, so there is nothing to "
@@ -128,22 +133,26 @@ def check_window(situation: Situation, outer_steps: int, leftover: bool) -> None
                 else ""
             )
         )
+    count = situation.window.count
+    if len(situation.window) < count:  # not all were kept
+        wanted = count if last is None else min(last, count)
+        if len(situation.window) < wanted:
+            raise NoInnerStep(
+                f"{estimator} is about {wanted} of the {count} inner steps since the last outer "
+                f"step, and {len(situation.window)} were kept, for an estimator that needs no "
+                "more. Set optimizer.estimator to one that keeps them before the steps, or ask "
+                "for fewer (cross_calls= of an implicit estimator, window= of 'unrolled')."
+            )
     if leftover:
         raise UnregisteredTerm(
             "The gradients of the first inner step were still in .grad when the loss of the "
             "second was back-propagated, so the second step consumed both. Call "
-            "optimizer.zero_grad() before every backward that begins a new step."
+            "optimizer.zero_grad() before every backward that begins a new step. (Several inner "
+            "optimizers step on the gradients of one objective, one after the other: steps that "
+            "alternate with backward passes are another algorithm, which is not known here.)"
         )
     for step in steps:
-        if not step.calls:
-            raise UnregisteredTerm(
-                f"Inner step {step.index} since the last outer step consumed a gradient, but "
-                "no call of a registered inner loss was back-propagated into .grad of an inner "
-                "parameter for it. Compute the training loss through the function registered "
-                "with @optimizer.inner_loss and call .backward() (torch.autograd.grad does not "
-                "count), or wrap steps that are not part of the inner problem in `with "
-                "optimizer.paused():`."
-            )
+        refuse_unregistered(step)
 
 
 def check_reached(problem: BilevelProblem, reached: Sequence[bool]) -> None:

@@ -67,6 +67,14 @@ def weak(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def stand_last(handles: Sequence[Any]) -> None:
+    """Let hooks run after all others, which may change what they are to see."""
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks and handle.id in hooks and next(reversed(hooks)) != handle.id:
+            hooks.move_to_end(handle.id)
+
+
 def outside_loss(touched: Sequence[str], name: str) -> OuterOutsideLoss:
     """The error about outer variables that an inner backward reached."""
     return OuterOutsideLoss(
@@ -123,8 +131,5 @@ def origin(function: Any) -> Any:
     name = getattr(function, "__qualname__", None)
     if name is None or "<lambda>" in name:
         return function
-    return (
-        getattr(function, "__module__", None),
-        name,
-        getattr(function, "__self__", None),
-    )
+    owner = getattr(function, "__self__", None)
+    return getattr(function, "__module__", None), name, id(owner)

@@ -34,7 +34,7 @@ from ..problem import (
     scalar,
 )
 from ..second_order import uncompiled
-from .hooks import AfterBackward, number, on_gradient, outside_loss, weak
+from .hooks import AfterBackward, number, on_gradient, outside_loss, stand_last, weak
 
 _grad = attrgetter("grad")
 _NOTHING = Part(hyper=[], groups=[], present=[])
@@ -93,11 +93,9 @@ class Recorder:
         self._watched: set[int] = set()
         self._uncompiled_backward = uncompiled(self._on_backward)
         pre, post = weak(self._before_step), weak(self._after_step)
-        for optimizer in self.optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(pre),
-                optimizer.register_step_post_hook(post),
-            ]
+        self._before = [o.register_step_pre_hook(pre) for o in self.optimizers]
+        after = [o.register_step_post_hook(post) for o in self.optimizers]
+        self._handles += [*self._before, *after]
 
     def watch_outer(self, tensors: Sequence[Tensor]) -> None:
         """Notice gradients that reach outer variables outside the registered losses."""
@@ -132,6 +130,7 @@ class Recorder:
             self.thaw()
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        stand_last(self._before)
         if self.beginning is not None and not self.paused:
             self.beginning()
         problem, window = self.problem(), self.window

@@ -7,11 +7,13 @@ replacement, which makes the estimate unbiased for the window's mean objective.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import BilevelError
 from ..problem import Randomness, Sample, Ticket, preserved, record
@@ -72,10 +74,10 @@ class Sampler:
                 found += own
                 continue
             batches = self._all(loss)
-            found += [
-                (replace(call, args=batch, versions=[]), weight / len(batches))
-                for batch in batches
-            ]
+            for batch in batches:
+                args, kwargs = _arguments(call, batch)
+                again = replace(call, args=args, kwargs=kwargs, versions=[])
+                found.append((again, weight / len(batches)))
         return found
 
     def _all(self, loss: Any) -> list[tuple]:
@@ -194,7 +196,8 @@ class Sampler:
             torch.rand(())  # every call starts at another place of the stream
             for device in problem.devices:
                 torch.rand((), device=device)
-            call = record(loss.function, batch, {}, problem)
+            args, kwargs = _arguments(like, batch)
+            call = record(loss.function, args, kwargs, problem)
             call.is_map = like.is_map
             self._masks = Randomness(problem.devices)
         call.autocast, call.flags = like.autocast, like.flags
@@ -221,6 +224,29 @@ def _of(losses: Mapping[str, Any], call: Call) -> Any:
     """The registered loss a call was of."""
     found = (loss for loss in losses.values() if loss.function is call.function)
     return next(found, None)
+
+
+def _arguments(like: Call, batch: tuple) -> tuple[tuple, dict[str, Any]]:
+    """A new batch in the place of that of a call, whose other arguments stay.
+
+    Raises:
+        BilevelError: one of those is a tensor, which probably belongs to the batch of the call.
+    """
+    try:
+        names = list(inspect.signature(like.function).parameters)[: len(batch)]
+    except (TypeError, ValueError):  # of a builtin
+        names = []
+    rest = like.args[len(batch) :]
+    kwargs = {name: v for name, v in like.kwargs.items() if name not in names}
+    for value in pytree.tree_leaves((rest, kwargs)):
+        if isinstance(value, torch.Tensor) and value.dim():
+            raise BilevelError(
+                f"{like.name!r} was called with more than the {len(batch)} argument(s) its data= "
+                f"gives: a tensor of shape {tuple(value.shape)}, which belongs to the batch of "
+                "that call, perhaps. Let data= give everything that changes from batch to batch, "
+                "and let the function read constants from outside its arguments."
+            )
+    return (*batch, *rest), kwargs
 
 
 def _weights(calls: Sequence[WeightedCall]) -> dict[Any, tuple[Call, Any]]:

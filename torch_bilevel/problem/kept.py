@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..errors import BatchChanged, InvalidLoss, StalePoint
+from ..errors import BatchChanged, InvalidLoss, ReplayMismatch, StalePoint
 from ..second_order import second_order
 from .calls import Call, scalar, with_loss
 from .once import nodes_of
-from .variables import gradients
+from .variables import gradients, refuse_sparse
 
 if TYPE_CHECKING:
     from .problem import BilevelProblem
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 # which parameter, which part of it, and the version it had
 _Place = tuple[int, torch.Size, tuple[int, ...], int, int]
 _TRANSFORMED = (
-    "An inner loss uses torch.func (grad, vjp, jvp, hessian, ...), whose graphs cannot be kept: "
-    "leave keep_graph=True out."
+    "An inner loss uses torch.func (grad, vjp, jvp, ...) or dual numbers, whose graphs cannot be "
+    "kept: leave keep_graph=True out."
 )
 
 
@@ -45,11 +46,13 @@ class Saved:
 
     Attributes:
         values: the recorded iterate, once the optimizer has stepped; None while it is live.
+        versions: those of the parameters when it was recorded.
         nbytes: bytes of what is not the iterate's.
     """
 
     def __init__(self, problem: BilevelProblem):
         self.values: Sequence[Tensor] | None = None
+        self.versions: Sequence[int] = ()
         self.nbytes = 0
         self._live = problem.inner.tensors
         self._where, self._cloned = problem.places()
@@ -60,15 +63,16 @@ class Saved:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
+        refuse_sparse([tensor])
         try:
             address = tensor.untyped_storage().data_ptr()
         except RuntimeError as error:  # a level of torch.func, which has no memory
             raise InvalidLoss(_TRANSFORMED) from error
         index = self._where.get(address)
-        if index is not None:
+        if index is not None and _is_part(tensor, self._live[index]):
             place = tensor.size(), tensor.stride(), tensor.storage_offset()
             return index, *place, self._live[index]._version
-        if address in self._cloned:
+        if index is not None or address in self._cloned:
             tensor = tensor.clone()
             address = tensor.untyped_storage().data_ptr()
         if address not in self._seen:
@@ -98,8 +102,22 @@ class Saved:
                     "between."
                 )
             return live.detach().as_strided(size, stride, offset)
+        if self.versions[index] != version:
+            raise ReplayMismatch(
+                "The parameters were written to between an inner loss and the step that consumed "
+                "its gradient (weight noise, an adversarial or SAM point), so the loss was "
+                "evaluated elsewhere than the step began. No unrolling knows that; leave it out, "
+                "or use an implicit estimator."
+            )
         value = self.values[index].to(live.device)
         return value.as_strided(size, stride, value.storage_offset() + offset)
+
+
+def _is_part(tensor: Tensor, live: Tensor) -> bool:
+    """Whether memory of a parameter is read as the parameter itself reads it."""
+    return (
+        tensor.dtype is live.dtype and not tensor.is_neg()
+    )  # a complex view's imaginary part
 
 
 class KeptGraph:
@@ -139,7 +157,8 @@ class KeptLoss(torch.autograd.Function):
         """Evaluate the user's loss with its graph."""
         problem = kept.problem
         region = second_order(problem.modules.recurrent, problem.modules.weight_norm)
-        with torch.enable_grad(), region, kept.saved.hooks():
+        forward = forward_ad._set_fwd_grad_enabled(True)  # off inside a custom function
+        with torch.enable_grad(), forward, region, kept.saved.hooks():
             try:
                 ctx.loss = evaluate()
             except RuntimeError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .calls import WeightedCall
+from ..errors import InvalidLoss
+from .calls import Call, WeightedCall
 from .once import nodes_of
 
 if TYPE_CHECKING:
@@ -34,11 +35,25 @@ def precisions(
     return found
 
 
-def dtypes_of(loss: Tensor) -> set[torch.dtype]:
-    """The dtypes of everything between the leaves and a loss."""
-    return {
-        output.dtype
-        for node in nodes_of([loss])
-        for output in node._input_metadata
-        if output is not None
-    }
+def look_at(problem: BilevelProblem, call: Call, loss: Tensor) -> None:
+    """Remember what a function computes in, and refuse what is no derivative.
+
+    Where complex numbers are made of real parameters, vectors are split so that they can be too.
+
+    Raises:
+        InvalidLoss: an embedding scales its gradient.
+    """
+    dtypes, pairs = set(), False
+    for node in nodes_of([loss]):
+        outputs = [output.dtype for output in node._input_metadata if output]
+        pairs |= any(dtype.is_complex for dtype in outputs)
+        dtypes |= {dtype.to_real() for dtype in outputs}
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            raise InvalidLoss(
+                f"{call.name!r} uses an embedding with scale_grad_by_freq=True, whose gradient is "
+                "not that of the loss: a second derivative of it would mean nothing. Leave the "
+                "option out, or weight the rows in the loss."
+            )
+    problem.inner.layout.paired |= pairs
+    problem.outer.layout.paired |= pairs
+    problem.dtypes.add(call.function, dtypes)

@@ -32,7 +32,7 @@ from .known import KnownFunctions
 from .linearization import Linearization
 from .modules import ModuleSet
 from .once import raise_if_no_second_derivative, refuse_once_differentiable
-from .precision import dtypes_of
+from .precision import look_at
 from .randomness import preserved
 from .variables import Variables, added, gradients
 
@@ -194,7 +194,7 @@ class BilevelProblem:
                 "torch.no_grad(), from detached values, or with .item()?"
             )
         if call.function not in self.dtypes:
-            self.dtypes.add(call.function, dtypes_of(loss))
+            look_at(self, call, loss)
         return result
 
     def look_through(

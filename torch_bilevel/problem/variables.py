@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._vector import Layout
+from ..errors import UnsupportedParameter
 
 _version = attrgetter("_version")
 _place = methodcaller("data_ptr")
@@ -127,8 +128,26 @@ def gradients(
     wanted: list[Any] = list(chain.from_iterable(map(compress, groups, live)))
     hooked = list(filter(_hooks, wanted))
     with _unhooked(hooked) if hooked else _NOTHING:
-        found = iter(_backward(output, weight, wanted, **options) if wanted else ())
+        parts = _backward(output, weight, wanted, **options) if wanted else ()
+    if isinstance(output, Tensor):  # of a loss; what is dense stays so in products
+        refuse_sparse(parts)
+    found = iter(parts)
     return [[next(found) if there else None for there in group] for group in live]
+
+
+def refuse_sparse(tensors: Sequence[Tensor | None]) -> None:
+    """Refuse gradients that cannot be part of a vector.
+
+    Raises:
+        UnsupportedParameter: one is sparse.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise UnsupportedParameter(
+                f"A gradient of shape {tuple(tensor.shape)} is sparse ({tensor.layout}), and "
+                "second-order products need dense ones. Leave out sparse=True of nn.Embedding or "
+                "nn.EmbeddingBag."
+            )
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ def largest_eigenvalue(
 ) -> Tensor:
     """|λ|_max of A, refined from what ``memory`` holds, which it updates.
 
-    Stops when the estimate moves by less than 2 %; a lower bound, in practice within a few
-    percent.
+    Stops when the estimate has moved by less than 2 % twice; a lower bound, in practice within a
+    few percent. (Once is a plateau now and then: of 1,000 random systems of three unknowns 7 were
+    below 0.55 of λ_max after one small change, 2 after two, 0.49 the smallest.)
 
     Args:
         operator: A.
@@ -41,15 +42,16 @@ def largest_eigenvalue(
     value = torch.zeros_like(u.sum())
 
     def step(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        u, value, going = state
+        u, value, going, small = state
         Au = operator(u)
         size = torch.linalg.vector_norm(Au)
         u = torch.where(going & (size > 0), Au / size, u)
-        still = going & ~((size - value).abs() <= 0.02 * size)
-        return u, torch.where(going, size, value), still
+        settled = (size - value).abs() <= 0.02 * size
+        return u, torch.where(going, size, value), going & ~(small & settled), settled
 
-    state = (u, value, torch.ones_like(value, dtype=torch.bool))
-    u, value, _ = repeat(step, state, max_steps, lambda s: s[2], may_look())
+    on = torch.ones_like(value, dtype=torch.bool)
+    state = (u, value, on, ~on)
+    u, value, _, _ = repeat(step, state, max_steps, lambda s: s[2], may_look())
     memory.eigenvalue, memory.eigenvector, memory.smallest = value, u, None
     return value
 
