@@ -151,6 +151,14 @@ def test_an_optimizer_around_another_with_hooks_of_its_own_is_one_itself():
         )
 
 
+def test_what_has_an_optimizer_and_is_none_is_refused():
+    y, x = (torch.ones(1, requires_grad=True) for _ in range(2))
+    inner, outer = torch.optim.SGD([y], lr=0.1), torch.optim.SGD([x], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
+    with pytest.raises(TypeError, match="inner= must be a torch.optim optimizer"):
+        tb.BilevelOptimizer(scheduler, outer)
+
+
 def test_gradients_averaged_over_processes_are_named(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

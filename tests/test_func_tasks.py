@@ -216,3 +216,10 @@ def test_leaves_that_are_no_tensors_are_the_same_for_all_tasks():
     )
     with_none, _ = alone(x, support, None)
     torch.testing.assert_close(with_none, alone(x, support, ())[0])
+
+
+def test_arrays_have_an_axis_of_tasks():
+    x, (support, query) = torch.randn(SIZE), tasks()
+    arrays = [tuple(t.numpy() for t in pair) for pair in (support, query)]
+    found, _ = gradient()(x, *arrays)
+    torch.testing.assert_close(found, gradient()(x, support, query)[0])

@@ -411,3 +411,26 @@ def test_an_operation_without_a_second_derivative_is_named(estimator):
         train().backward()
         optimizer.step()
         optimizer.hypergradient()
+
+
+def test_constant_sparse_matrices_beside_kept_graphs():
+    """A graph convolution's adjacency."""
+    torch.set_default_dtype(torch.float64)
+    A, found = torch.rand(3, 3).round().to_sparse(), []
+    for estimator in ("unrolled", "unrolled(keep_graph=True)"):
+        y, x = torch.ones(3, 1, requires_grad=True), torch.ones(1, requires_grad=True)
+        optimizer = tb.BilevelOptimizer(
+            torch.optim.SGD([y], lr=0.1),
+            torch.optim.SGD([x], lr=0.1),
+            estimator=estimator,
+        )
+        train = optimizer.inner_loss(
+            lambda y=y, x=x: x * (torch.sparse.mm(A, y).sin() ** 2).sum() + (y**4).sum()
+        )
+        optimizer.outer_loss(lambda y=y: y.sum())
+        for _ in range(3):
+            optimizer.zero_grad()
+            train().backward()
+            optimizer.step()
+        found += optimizer.hypergradient()
+    torch.testing.assert_close(*found)

@@ -1006,8 +1006,22 @@ class Locked:
         return self.parts[0]
 
 
+@dataclasses.dataclass
+class Scaled:
+    """What is made in `__post_init__` is not made again."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    total: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.total = self.logits.sum()
+        self.loss = self.loss * 1.0
+        self.extra = "kept"
+
+
 @pytest.mark.parametrize("estimator", ["cg", "unrolled(keep_graph=True)"])
-@pytest.mark.parametrize("kind", [Frozen, Slots, Locked])
+@pytest.mark.parametrize("kind", [Frozen, Slots, Locked, Scaled])
 def test_losses_inside_objects_that_cannot_be_written_to(kind, estimator):
     t = Toy(estimator)
     train = t.o.inner_loss(lambda: kind(t.g(), t.y * 2))
@@ -1021,6 +1035,8 @@ def test_losses_inside_objects_that_cannot_be_written_to(kind, estimator):
     result = valid()
     result.loss.backward()
     assert type(result) is kind and not result.logits.requires_grad
+    if kind is Scaled:
+        assert result.extra == "kept" and not result.total.requires_grad
     plain = Toy(estimator)
     plain.run(plain.o.inner_loss(plain.g))
     plain.o.outer_loss(plain.f)().backward()

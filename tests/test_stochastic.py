@@ -781,6 +781,22 @@ def test_directions_keep_the_other_arguments_of_a_call(memory):
     optimizer.outer_step(target=torch.ones(3), scale=2.0)
 
 
+def test_an_outer_variable_as_an_argument_beside_data():
+    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        estimator="stochastic_neumann(num_steps=300, step_size=0.1)",
+    )
+    train = optimizer.inner_loss(
+        lambda X, x: ((X @ (y - x)) ** 2).sum(), data=[(torch.eye(3),)]
+    )
+    optimizer.outer_loss(lambda: (y**2).sum())
+    train(torch.eye(3), x).backward()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.hypergradient()[0], 2 * y.detach())
+
+
 def test_a_further_tensor_beside_data_is_refused():
     y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
     optimizer = tb.BilevelOptimizer(

@@ -103,6 +103,10 @@ class Accelerated(Estimator):
         """As ``base``; see `Estimator.new_window`."""
         return self._base.new_window(max_bytes)
 
+    def last(self, fresh: bool) -> int | None:
+        """As ``base``; see `Estimator.last`."""
+        return self._base.last(fresh)
+
     def check(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """As ``base``; see `Estimator.check`."""
         self._base.check(optimizers)

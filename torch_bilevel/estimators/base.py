@@ -201,6 +201,14 @@ class Estimator(abc.ABC):
     def new_window(self, max_bytes: int | None) -> Window:
         """An empty window that records what this estimator needs."""
 
+    def last(self, fresh: bool) -> int | None:
+        """How many of the window's last steps it is about; None is about all.
+
+        Args:
+            fresh: as in `wording`.
+        """
+        return self.new_window(None).last
+
     def check(  # noqa: B027  (most estimators accept every optimizer)
         self, optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:

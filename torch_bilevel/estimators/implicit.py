@@ -105,11 +105,8 @@ class Implicit(Estimator):
     def estimate(self, situation: Situation, outer: OuterGradients) -> Estimate:
         """∇Φ = ∂_x f − J v,  where  H v = ∂_y f; see `Estimator.estimate`."""
         check_declared(situation)
-        steps = situation.window.steps()
-        curved, crossed = (
-            steps[-self.hessian_calls :],
-            steps[-(self.cross_calls or 0) :],
-        )
+        curved = situation.window.steps(self.hessian_calls)
+        crossed = situation.window.steps(self.cross_calls)
         at = System(
             situation, mean_calls([step.calls for step in curved]), self.damping
         )
@@ -144,7 +141,7 @@ class Implicit(Estimator):
         certified = (
             bound(situation, at, outer, found.value, Jv) if self.certify else None
         )
-        Jv, reached = with_declared(situation, steps[-1], at, found.value, Jv, reached)
+        Jv, reached = with_declared(situation, curved[-1], at, found.value, Jv, reached)
         return Estimate(
             gradient=outer.outer - Jv,
             reached=[a or b for a, b in zip(outer.reached, reached, strict=True)],

@@ -97,6 +97,10 @@ class Joint(Estimator):
         """A window of iterates."""
         return Window(iterates=True, max_bytes=max_bytes)
 
+    def last(self, fresh: bool) -> int | None:
+        """It is about the present step; see `Estimator.last`."""
+        return 1
+
     def check(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Refuse optimizers whose weight decay, or with a memory whose number, is not known."""
         for optimizer in optimizers:

@@ -111,6 +111,10 @@ class Stochastic(Estimator):
         """A window of calls; with a memory, of iterates."""
         return Window(iterates=self.directs, max_bytes=max_bytes)
 
+    def last(self, fresh: bool) -> int | None:
+        """The last step says which losses to sample; see `Estimator.last`."""
+        return 1 if fresh else None
+
     def check(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Refuse optimizers whose weight decay, or with a memory whose number, is not known."""
         for optimizer in optimizers:

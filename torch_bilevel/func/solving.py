@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -85,15 +86,24 @@ class Run:
         leaves, structure = pytree.tree_flatten(found)
         like = self.like
         if len(like) != len(leaves):
-            other = [t for t in tensors if t.is_floating_point()]
-            like = [*like, *other, torch.empty(())][:1] * len(leaves)
+            like = like[:1] or [_promoted(tensors)]
+            like = like * len(leaves)
         found = pytree.tree_unflatten(map(_tensor, leaves, like), structure)
         self.returned = Operands(found)
         return self.returned.tensors
 
 
+def _promoted(tensors: Sequence[Tensor]) -> Tensor:
+    """Of the precision of all of them together, on the device of the first."""
+    real = [t for t in tensors if t.is_floating_point()]
+    if not real:
+        return torch.empty(())
+    dtype = reduce(torch.promote_types, [t.dtype for t in real])
+    return torch.empty((), dtype=dtype, device=real[0].device)
+
+
 def _tensor(leaf: Any, like: Tensor) -> Any:
-    """A NumPy array or a number as a tensor, in the dtype of the start."""
+    """A NumPy array or a number as a tensor, in the dtype of its start, or of all operands."""
     if isinstance(leaf, Tensor) or not hasattr(leaf, "__array__"):
         if not isinstance(leaf, float):
             return leaf

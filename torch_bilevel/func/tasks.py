@@ -131,6 +131,7 @@ class TaskGradient:
         return self._over_tasks(lambda s: self._adapted(outer, s), support)
 
     def _over_tasks(self, one: Callable[..., Any], *batches: Any) -> Any:
+        batches = pytree.tree_map(_as_tensor, batches)
         # what is no tensor is the same for all tasks
         axes = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batches)
         return torch.func.vmap(
@@ -209,8 +210,8 @@ def task_gradient(
 
     ``task_gradient(g, f, ...)(outer, support, query)`` returns (gradient, report): a pytree like
     ``outer`` and a `TaskReport`. Every tensor of ``support`` and ``query`` has a leading axis of
-    tasks; other leaves are the same for all. ``.adapt(outer, support)`` gives the adapted inner
-    variables, for test time.
+    tasks, and every array; other leaves are the same for all. ``.adapt(outer, support)`` gives the
+    adapted inner variables, for test time.
 
     ====================  =============================================================
     MAML                  the defaults
@@ -285,13 +286,19 @@ def _told(gradient: Any, loss: Tensor) -> Any:
     )
 
 
+def _as_tensor(leaf: Any) -> Any:
+    """An array as a tensor, which has an axis of tasks too."""
+    return torch.as_tensor(leaf) if hasattr(leaf, "__array__") else leaf
+
+
 def _count(*batches: Any) -> int:
     """How many tasks the batches are of.
 
     Raises:
         InvalidLoss: their leading axes differ, or there are none.
     """
-    leaves = [x for x in pytree.tree_leaves(batches) if isinstance(x, Tensor)]
+    leaves = map(_as_tensor, pytree.tree_leaves(batches))
+    leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     sizes = {len(leaf) if leaf.dim() else None for leaf in leaves}
     if len(sizes) != 1 or None in sizes:
         seen = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or "none"

@@ -34,7 +34,13 @@ def translated(there: Any, start: Any) -> Any:
 
     What takes y_0 to y is a translation to first order: dy = dy_0.
     """
-    return pytree.tree_map(lambda y, a: y.detach() + (a - a.detach()), there, start)
+
+    def moved(y: Tensor, a: Tensor) -> Tensor:
+        zero = a - a.detach()
+        # a − a is no number where a is infinite
+        return y.detach() + torch.where(torch.isfinite(a), zero, 0.0)
+
+    return pytree.tree_map(moved, there, start)
 
 
 class Flat:

@@ -83,6 +83,6 @@ def at_most(cap: float, value: Scalar) -> Scalar:
 ADAFACTOR = UpdateRule(
     torch.optim.Adafactor,
     adafactor,
-    without_decay("the scaled and clipped gradient balances the decay"),
+    without_decay("Adafactor", "the scaled and clipped gradient balances the decay"),
     elementwise=False,
 )

@@ -90,6 +90,6 @@ def _ratio(rule: str | None, rows: int, columns: int) -> float:
 MUON = UpdateRule(
     torch.optim.Muon,
     muon,
-    without_decay("the orthogonalised gradient balances the decay"),
+    without_decay("Muon", "the orthogonalised gradient balances the decay"),
     elementwise=False,
 )

@@ -76,10 +76,11 @@ def l2_stationarity(
     return Stationarity(sign, number(hyper.get("weight_decay", 0.0)))
 
 
-def without_decay(where: str) -> StationarityOf:
+def without_decay(name: str, where: str) -> StationarityOf:
     """∇_y g = 0, for optimizers whose weight decay leaves no equation of the form above.
 
     Args:
+        name: of the optimizer.
         where: the place they stand still at with weight decay, in words.
     """
 
@@ -88,8 +89,8 @@ def without_decay(where: str) -> StationarityOf:
     ) -> Stationarity:
         if is_on(number(hyper["weight_decay"])):
             raise NoUpdateRule(
-                f"With weight_decay={hyper['weight_decay']} this optimizer stands still where "
-                f"{where}, which is not of the form ∇_y g + D y = 0 that implicit estimators "
+                f"{name} with weight_decay={hyper['weight_decay']} stands still where {where}, "
+                "which is not of the form ∇_y g + D y = 0 that implicit estimators "
                 "solve. Put the penalty into the registered loss and set weight_decay=0, or use "
                 "the estimator 'unrolled'."
             )

@@ -280,7 +280,8 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         chosen = estimator or self._estimator
         chosen.check(self.inners)
         left = self._recorder.leftover
-        estimation.check_window(situation, chosen, self.outer_steps, left)
+        fresh = all(loss.data is not None for loss in self.inner_losses.values())
+        estimation.check_window(situation, chosen, self.outer_steps, left, fresh)
         # The caller may be inside an autocast region of its own.
         with autocast(self.problem.no_autocast):
             if self._recorder.to_verify is not None:
@@ -353,7 +354,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         self._found.clear()
         self._constraints.apply(self.outer)
         self._extrapolate()
-        dropped = len(self._recorder.window)
+        dropped = self._recorder.window.count
         self._recorder.window.clear(restart=not self.warm_start)
         self._await_trajectory()
         self.outer_steps += 1
@@ -387,7 +388,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         again = self._problem is not None
         self._problem = build(self.inners, self.outer, self._modules)
         if again:
-            self._warn_dropped("Parameter groups changed", len(self._recorder.window))
+            self._warn_dropped("Parameter groups changed", self._recorder.window.count)
             self._recorder.restart()
             self._recorder.present = self._problem
             self._recorder.begin(self.proximal_term)

@@ -122,7 +122,8 @@ def check_hypergradient(
     parts = optimizer._estimate(calls, names, None, chosen)
     problem = optimizer.problem
     gradient = problem.outer.layout.flatten(parts)
-    steps = optimizer._recorder.window.steps(chosen.new_window(None).last)
+    last = chosen.last(fresh=False) if chosen.unrolls else None
+    steps = optimizer._recorder.window.steps(last)
     level = tolerance(problem, [call for step in steps for call in step.calls])
     replays = chosen.unrolls
     runner = Runner(optimizer, steps, calls, 1 if replays else max_steps, _STILL[level])
@@ -141,7 +142,7 @@ def check_hypergradient(
             ends = [runner.outer_value(x + s * epsilon * u) for s in (1, -1)]
             differences.append((ends[0] - ends[1]) / (2 * epsilon))
             estimated.append(float(torch.dot(gradient, u)))
-    a, b = torch.tensor(estimated).double(), torch.tensor(differences).double()
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in (estimated, differences))
     scale = max(float(torch.linalg.vector_norm(b)), 1e-300)
     return HypergradientCheck(
         relative_error=float(torch.linalg.vector_norm(a - b)) / scale
@@ -184,9 +185,8 @@ class Runner:
         self.still = still
         self.num_steps = 0
         self.settled = True
-        self.before: list[
-            StepRecord
-        ] = []  # of the window, through which x is a constant
+        # steps before the window, through which x is a constant
+        self.before: list[StepRecord] = []
         first = self.steps[0]
         once = max_steps == 1
         if once and not first.has_iterate:  # under checkpoint_every and window

@@ -22,7 +22,7 @@ def parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
-HOOKS = "_optimizer_step_pre_hooks"
+_HOOKS = "_optimizer_step_pre_hooks"
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -32,10 +32,10 @@ def unwrapped(optimizer: Any) -> Any:
     pass ``step()`` on to it. A wrapper with hooks of its own is an optimizer of its own.
     """
     inside = getattr(optimizer, "optimizer", None)
-    if not isinstance(inside, torch.optim.Optimizer):
+    if not all(isinstance(o, torch.optim.Optimizer) for o in (optimizer, inside)):
         return optimizer
-    own = getattr(optimizer, HOOKS, None)
-    if own is not None and own is not getattr(inside, HOOKS, None):
+    own = getattr(optimizer, _HOOKS, None)
+    if own is not None and own is not getattr(inside, _HOOKS, None):
         return optimizer
     return unwrapped(inside)
 

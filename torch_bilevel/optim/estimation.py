@@ -99,7 +99,11 @@ def run(
 
 
 def check_window(
-    situation: Situation, estimator: Estimator, outer_steps: int, leftover: bool
+    situation: Situation,
+    estimator: Estimator,
+    outer_steps: int,
+    leftover: bool,
+    fresh: bool,
 ) -> None:
     """Refuse when there is nothing to differentiate, or less than the estimator is about.
 
@@ -108,6 +112,7 @@ def check_window(
         estimator: what is to differentiate.
         outer_steps: how many outer steps were taken.
         leftover: gradients of the first step were still there when the second began.
+        fresh: whether every inner loss was registered with data to draw samples from.
 
     Raises:
         BilevelError: inside ``torch.inference_mode()``.
@@ -119,8 +124,7 @@ def check_window(
             "hypergradient() was called inside torch.inference_mode(), where nothing can be "
             "differentiated. Call it outside."
         )
-    last = estimator.new_window(None).last
-    steps = situation.window.steps(last)
+    steps = situation.window.steps()
     if not steps:
         raise NoInnerStep(
             "No inner step has been recorded since the last outer step, so there is nothing to "
@@ -134,12 +138,13 @@ def check_window(
             )
         )
     count = situation.window.count
-    if len(situation.window) < count:  # not all were kept
+    if len(steps) < count:  # not all were kept
+        last = estimator.last(fresh)
         wanted = count if last is None else min(last, count)
-        if len(situation.window) < wanted:
+        if len(steps) < wanted:
             raise NoInnerStep(
                 f"{estimator} is about {wanted} of the {count} inner steps since the last outer "
-                f"step, and {len(situation.window)} were kept, for an estimator that needs no "
+                f"step, and only {len(steps)} of them kept, for an estimator that needs no "
                 "more. Set optimizer.estimator to one that keeps them before the steps, or ask "
                 "for fewer (cross_calls= of an implicit estimator, window= of 'unrolled')."
             )

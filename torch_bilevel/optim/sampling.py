@@ -8,7 +8,7 @@ replacement, which makes the estimate unbiased for the window's mean objective.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class Sampler:
                 continue
             batches = self._all(loss)
             for batch in batches:
-                args, kwargs = _arguments(call, batch)
+                args, kwargs = _arguments(call, batch, self._owner.problem.live)
                 again = replace(call, args=args, kwargs=kwargs, versions=[])
                 found.append((again, weight / len(batches)))
         return found
@@ -196,7 +196,7 @@ class Sampler:
             torch.rand(())  # every call starts at another place of the stream
             for device in problem.devices:
                 torch.rand((), device=device)
-            args, kwargs = _arguments(like, batch)
+            args, kwargs = _arguments(like, batch, problem.live)
             call = record(loss.function, args, kwargs, problem)
             call.is_map = like.is_map
             self._masks = Randomness(problem.devices)
@@ -226,8 +226,15 @@ def _of(losses: Mapping[str, Any], call: Call) -> Any:
     return next(found, None)
 
 
-def _arguments(like: Call, batch: tuple) -> tuple[tuple, dict[str, Any]]:
+def _arguments(
+    like: Call, batch: tuple, live: Set[int]
+) -> tuple[tuple, dict[str, Any]]:
     """A new batch in the place of that of a call, whose other arguments stay.
+
+    Args:
+        like: the call.
+        batch: positional arguments.
+        live: ids of the variables, which belong to no batch.
 
     Raises:
         BilevelError: one of those is a tensor, which probably belongs to the batch of the call.
@@ -239,7 +246,7 @@ def _arguments(like: Call, batch: tuple) -> tuple[tuple, dict[str, Any]]:
     rest = like.args[len(batch) :]
     kwargs = {name: v for name, v in like.kwargs.items() if name not in names}
     for value in pytree.tree_leaves((rest, kwargs)):
-        if isinstance(value, torch.Tensor) and value.dim():
+        if isinstance(value, torch.Tensor) and value.dim() and id(value) not in live:
             raise BilevelError(
                 f"{like.name!r} was called with more than the {len(batch)} argument(s) its data= "
                 f"gives: a tensor of shape {tuple(value.shape)}, which belongs to the batch of "

@@ -306,25 +306,24 @@ def with_loss(result: Any, loss: Tensor) -> Any:
         if hasattr(result, "_make"):  # a namedtuple
             return type(result)._make([loss, *rest])  # type: ignore[attr-defined]
         return type(result)([loss, *rest])
-    if dataclasses.is_dataclass(result):
-        names = [field.name for field in dataclasses.fields(result) if field.init]
-    else:
-        names = list(getattr(result, "__dict__", ()))
-    new = {n: v.detach() for n in names if isinstance(v := getattr(result, n), Tensor)}
-    new["loss"] = loss
+    fields = dataclasses.fields(result) if dataclasses.is_dataclass(result) else ()
+    names = {*(f.name for f in fields), *getattr(result, "__dict__", ())}
+    new = {n: v for n in names if isinstance(v := getattr(result, n, None), Tensor)}
+    new = {**{name: value.detach() for name, value in new.items()}, "loss": loss}
+    result = copy.copy(result)
     try:
-        if dataclasses.is_dataclass(result):  # frozen ones and those with slots, too
-            return dataclasses.replace(result, **new)  # type: ignore[type-var]
-        result = copy.copy(result)
         for name, value in new.items():
-            setattr(result, name, value)
-        return result
-    except (AttributeError, TypeError) as error:
+            try:
+                setattr(result, name, value)
+            except AttributeError:  # frozen
+                object.__setattr__(result, name, value)
+    except AttributeError as error:
         raise InvalidLoss(
             f"A registered loss returned a {type(result).__name__} whose .loss cannot be set "
             f"({error}). Return a tensor, a tuple that begins with it, or an object with an "
             "attribute `loss`."
         ) from error
+    return result
 
 
 def by_frozen(

@@ -23,7 +23,7 @@ from ..errors import BatchChanged, InvalidLoss, ReplayMismatch, StalePoint
 from ..second_order import second_order
 from .calls import Call, scalar, with_loss
 from .once import nodes_of
-from .variables import gradients, refuse_sparse
+from .variables import gradients
 
 if TYPE_CHECKING:
     from .problem import BilevelProblem
@@ -63,7 +63,8 @@ class Saved:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        refuse_sparse([tensor])
+        if tensor.layout is not torch.strided:  # a constant matrix, say
+            return tensor.detach(), tensor._version
         try:
             address = tensor.untyped_storage().data_ptr()
         except RuntimeError as error:  # a level of torch.func, which has no memory
@@ -115,9 +116,8 @@ class Saved:
 
 def _is_part(tensor: Tensor, live: Tensor) -> bool:
     """Whether memory of a parameter is read as the parameter itself reads it."""
-    return (
-        tensor.dtype is live.dtype and not tensor.is_neg()
-    )  # a complex view's imaginary part
+    # the imaginary part of a complex view is read with its sign turned
+    return tensor.dtype is live.dtype and not tensor.is_neg()
 
 
 class KeptGraph:

@@ -130,12 +130,12 @@ def gradients(
     with _unhooked(hooked) if hooked else _NOTHING:
         parts = _backward(output, weight, wanted, **options) if wanted else ()
     if isinstance(output, Tensor):  # of a loss; what is dense stays so in products
-        refuse_sparse(parts)
+        _refuse_sparse(parts)
     found = iter(parts)
     return [[next(found) if there else None for there in group] for group in live]
 
 
-def refuse_sparse(tensors: Sequence[Tensor | None]) -> None:
+def _refuse_sparse(tensors: Sequence[Tensor | None]) -> None:
     """Refuse gradients that cannot be part of a vector.
 
     Raises:
