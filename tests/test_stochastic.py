@@ -728,6 +728,17 @@ def test_the_warning_about_the_step_size_comes_once():
     optimizer.outer_step(ALL)
 
 
+def three_numbers(estimator):
+    """y and x, three ones each, and an optimizer of both."""
+    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = tb.BilevelOptimizer(
+        torch.optim.SGD([y], lr=0.1),
+        torch.optim.SGD([x], lr=0.1),
+        estimator=estimator,
+    )
+    return optimizer, y, x
+
+
 @pytest.mark.parametrize("how", ["keyword", "position"])
 @pytest.mark.parametrize(
     "estimator, tolerance",
@@ -740,10 +751,7 @@ def test_the_warning_about_the_step_size_comes_once():
 )
 def test_samples_keep_the_other_arguments_of_a_call(estimator, tolerance, how):
     """g = ‖y − x‖²/2 + l2 ‖y‖²/2, called with l2 = 4 on data that knows nothing of it."""
-    X, y, x = torch.eye(3), *(torch.ones(3, requires_grad=True) for _ in range(2))
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.1), torch.optim.SGD([x], lr=0.1), estimator=estimator
-    )
+    X, (optimizer, y, x) = torch.eye(3), three_numbers(estimator)
 
     @optimizer.inner_loss(data=[(X,)])
     def train(X, l2=0.0):
@@ -760,12 +768,7 @@ def test_samples_keep_the_other_arguments_of_a_call(estimator, tolerance, how):
 
 @pytest.mark.parametrize("memory", ["sarah(period=1)", "storm", "plain"])
 def test_directions_keep_the_other_arguments_of_a_call(memory):
-    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.1),
-        torch.optim.SGD([x], lr=0.1),
-        estimator=f"joint(memory={memory!r})",
-    )
+    optimizer, y, x = three_numbers(f"joint(memory={memory!r})")
 
     @optimizer.inner_loss(data=[(torch.eye(3),)])
     def train(X, l2=0.0):
@@ -782,12 +785,7 @@ def test_directions_keep_the_other_arguments_of_a_call(memory):
 
 
 def test_an_outer_variable_as_an_argument_beside_data():
-    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.1),
-        torch.optim.SGD([x], lr=0.1),
-        estimator="stochastic_neumann(num_steps=300, step_size=0.1)",
-    )
+    optimizer, y, x = three_numbers("stochastic_neumann(num_steps=300, step_size=0.1)")
     train = optimizer.inner_loss(
         lambda X, x: ((X @ (y - x)) ** 2).sum(), data=[(torch.eye(3),)]
     )
@@ -798,12 +796,7 @@ def test_an_outer_variable_as_an_argument_beside_data():
 
 
 def test_a_further_tensor_beside_data_is_refused():
-    y, x = (torch.ones(3, requires_grad=True) for _ in range(2))
-    optimizer = tb.BilevelOptimizer(
-        torch.optim.SGD([y], lr=0.1),
-        torch.optim.SGD([x], lr=0.1),
-        estimator="stochastic_neumann(num_steps=3, step_size=0.1)",
-    )
+    optimizer, y, x = three_numbers("stochastic_neumann(num_steps=3, step_size=0.1)")
     train = optimizer.inner_loss(
         lambda X, w: (w * (X @ (y - x)) ** 2).sum(), data=[(torch.eye(3),)]
     )

@@ -72,6 +72,11 @@ class Sampling(Protocol):
     """What draws independent samples of the inner objective."""
 
     @property
+    def fresh(self) -> bool:
+        """Whether every inner loss was registered with data to draw samples from."""
+        ...
+
+    @property
     def note(self) -> str:
         """Where samples come from, if that is worth telling."""
         ...

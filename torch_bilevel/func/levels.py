@@ -63,9 +63,8 @@ def _at_this_level(tensor: Tensor, level: int) -> set[tuple[int, str]]:
     found = set()
     if tensor.requires_grad:
         found.add((level, "Grad"))
-    if (tensor.is_floating_point() or tensor.is_complex()) and forward_ad.unpack_dual(
-        tensor
-    ).tangent is not None:
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    if differentiable and forward_ad.unpack_dual(tensor).tangent is not None:
         found.add((level, "Jvp"))
     return found
 

@@ -95,6 +95,7 @@ class TaskGradient:
 
     def __call__(self, outer: Any, support: Any, query: Any) -> tuple[Any, TaskReport]:
         """The mean gradient over tasks, and what every task gave."""
+        support, query = pytree.tree_map(_as_tensor, (support, query))
         count, flat = _count(support, query), Flat(outer, "outer")
         if self.one != self._unrolled:
             outer = self._undifferentiated(outer)
@@ -127,11 +128,11 @@ class TaskGradient:
 
     def adapt(self, outer: Any, support: Any) -> Any:
         """The inner variables of every task after adaptation, stacked along a leading axis."""
+        support = pytree.tree_map(_as_tensor, support)
         _count(support)
         return self._over_tasks(lambda s: self._adapted(outer, s), support)
 
     def _over_tasks(self, one: Callable[..., Any], *batches: Any) -> Any:
-        batches = pytree.tree_map(_as_tensor, batches)
         # what is no tensor is the same for all tasks
         axes = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batches)
         return torch.func.vmap(
@@ -235,8 +236,8 @@ def task_gradient(
         rule: the update, as in `unroll`.
         num_steps: steps of adaptation.
         estimator: ``"unrolled"`` with its ``window`` and ``checkpoint_every``, ``"first_order"``,
-            ``"displacement"``, or an implicit one. The steps before
-            a window are translations of y_0, as in `unroll`.
+            ``"displacement"``, or an implicit one. The steps before a window are
+            translations of y_0, as in `unroll`.
         initial: y_0, a function of ``outer``; by default all of it is the initialisation.
         proximal_term: λ.
         chunk_size: tasks at once; None takes all.
@@ -297,8 +298,7 @@ def _count(*batches: Any) -> int:
     Raises:
         InvalidLoss: their leading axes differ, or there are none.
     """
-    leaves = map(_as_tensor, pytree.tree_leaves(batches))
-    leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    leaves = [x for x in pytree.tree_leaves(batches) if isinstance(x, Tensor)]
     sizes = {len(leaf) if leaf.dim() else None for leaf in leaves}
     if len(sizes) != 1 or None in sizes:
         seen = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or "none"

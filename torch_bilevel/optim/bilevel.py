@@ -280,8 +280,7 @@ class BilevelOptimizer(LossRegistry, TaskLoop, Control, DelegatingOptimizer):
         chosen = estimator or self._estimator
         chosen.check(self.inners)
         left = self._recorder.leftover
-        fresh = all(loss.data is not None for loss in self.inner_losses.values())
-        estimation.check_window(situation, chosen, self.outer_steps, left, fresh)
+        estimation.check_window(situation, chosen, self.outer_steps, left)
         # The caller may be inside an autocast region of its own.
         with autocast(self.problem.no_autocast):
             if self._recorder.to_verify is not None:

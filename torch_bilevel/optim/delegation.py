@@ -8,19 +8,12 @@ the inner optimizers through it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BilevelError
-
-
-def parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    """Every parameter of some optimizers, in order."""
-    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
-
 
 _HOOKS = "_optimizer_step_pre_hooks"
 
@@ -89,7 +82,8 @@ class DelegatingOptimizer(torch.optim.Optimizer):
 
     def _reset_gradients(self, set_to_none: bool) -> bool:
         """Whether they are reset: what a framework prepared leaves them while they accumulate."""
-        held = next((p for p in parameters(self.inners) if p.grad is not None), None)
+        every = (p for group in self.param_groups for p in group["params"])
+        held = next((p for p in every if p.grad is not None), None)
         gradient = None if held is None else held.grad
         version = None if gradient is None else gradient._version
         for optimizer in self._given:

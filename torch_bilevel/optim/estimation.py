@@ -99,11 +99,7 @@ def run(
 
 
 def check_window(
-    situation: Situation,
-    estimator: Estimator,
-    outer_steps: int,
-    leftover: bool,
-    fresh: bool,
+    situation: Situation, estimator: Estimator, outer_steps: int, leftover: bool
 ) -> None:
     """Refuse when there is nothing to differentiate, or less than the estimator is about.
 
@@ -112,7 +108,6 @@ def check_window(
         estimator: what is to differentiate.
         outer_steps: how many outer steps were taken.
         leftover: gradients of the first step were still there when the second began.
-        fresh: whether every inner loss was registered with data to draw samples from.
 
     Raises:
         BilevelError: inside ``torch.inference_mode()``.
@@ -139,7 +134,7 @@ def check_window(
         )
     count = situation.window.count
     if len(steps) < count:  # not all were kept
-        last = estimator.last(fresh)
+        last = estimator.last(situation.sampler.fresh)
         wanted = count if last is None else min(last, count)
         if len(steps) < wanted:
             raise NoInnerStep(

@@ -27,9 +27,7 @@ def explain(optimizer: BilevelOptimizer) -> str:
     """Who moves what, which batches are used, which engine computes products."""
     problem = optimizer.problem
     estimator = optimizer.estimator
-    words = estimator.wording(
-        fresh=all(loss.data is not None for loss in optimizer.inner_losses.values())
-    )
+    words = estimator.wording(fresh=optimizer._sampler.fresh)
     inner, outer = problem.inner.layout, problem.outer.layout
     where = " at extrapolated points" if estimator.extrapolates else ""
     names = ", ".join(type(o).__name__ for o in optimizer.inners)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from .. import _checks
 from ..errors import BilevelError, InvalidHyperparameters, UnsupportedParameter
 from ..problem import BilevelProblem, ModuleSet, Variables
-from .delegation import DelegatingOptimizer, parameters
+from .delegation import DelegatingOptimizer
+
+
+def parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """Every parameter of some optimizers, in order."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
 def build(

@@ -98,6 +98,12 @@ class Sampler:
         return batches
 
     @property
+    def fresh(self) -> bool:
+        """Whether every inner loss was registered with data to draw samples from."""
+        losses = self._owner.inner_losses.values()
+        return all(loss.data is not None for loss in losses)
+
+    @property
     def note(self) -> str:
         """What a report says about where samples come from."""
         losses = self._owner.inner_losses.values()

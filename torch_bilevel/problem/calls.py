@@ -308,11 +308,11 @@ def with_loss(result: Any, loss: Tensor) -> Any:
         return type(result)([loss, *rest])
     fields = dataclasses.fields(result) if dataclasses.is_dataclass(result) else ()
     names = {*(f.name for f in fields), *getattr(result, "__dict__", ())}
-    new = {n: v for n in names if isinstance(v := getattr(result, n, None), Tensor)}
-    new = {**{name: value.detach() for name, value in new.items()}, "loss": loss}
+    found = {name: getattr(result, name, None) for name in names}
+    rest = {n: v.detach() for n, v in found.items() if isinstance(v, Tensor)}
     result = copy.copy(result)
     try:
-        for name, value in new.items():
+        for name, value in {**rest, "loss": loss}.items():
             try:
                 setattr(result, name, value)
             except AttributeError:  # frozen
